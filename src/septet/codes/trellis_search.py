@@ -1,0 +1,115 @@
+"""The encoder of the trellis code: an exact Viterbi search in integers, with all ties decided.
+
+Inputs X are quarter levels. The cost of giving a pair (X0, X1) the window w with levels (T0, T1) is
+m(w) = 2*(T0^2 + T1^2) - (X0*T0 + X1*T1): twice the squared error in levels, less a constant of the pair.
+The state after pair p is s = w[p] >> b, the 16 - b bits that the next window starts with. One step:
+
+    cost'[s] = min over low = 0..2^b - 1 of cost[w & (2^(16-b) - 1)] + m(w),   w = s << b | low;   ties: lowest low
+    then the smallest cost' is subtracted from all, which changes no decision
+
+1. Boundary. Run over pairs 112..127, 0..15 with all start states at cost 0. From the cheapest last state (ties: lowest
+   state) trace back to the state after pair 127.
+2. Tile. Run over pairs 0..127; that state starts at cost 0, all others at 2^22. Trace back from that same state.
+   The symbol of pair p is w[p] & (2^b - 1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["BOUNDARY_STEPS", "FORBIDDEN_COST", "search"]
+
+#: Pairs on each side of the tile's boundary that the first pass looks at.
+BOUNDARY_STEPS = 16
+#: Start cost of the states the second pass must not start in; a path from the right state is always cheaper.
+FORBIDDEN_COST = 1 << 22
+# 8 tiles keep the metric of one step, 8 x 65536 floats, inside a level 2 cache of 2 MB.
+_TILES_AT_ONCE = 8
+
+
+def search(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
+    """Encode tiles.
+
+    Args:
+        fixed: integers [tiles, 2 * pairs] in stream order, quarter levels, -1020..1020; pairs >= BOUNDARY_STEPS.
+        levels: int8 [65536, 2], the levels of each window (tests search with fewer windows).
+        bits: bits per pair, 6, 7 or 8.
+
+    Returns:
+        uint8 [tiles, pairs], below 2^bits.
+    """
+    pairs = fixed.shape[1] // 2
+    symbols = np.empty((len(fixed), pairs), np.uint8)
+    metric_rows = _metric_rows(levels)
+    for start in range(0, len(fixed), _TILES_AT_ONCE):
+        chunk = fixed[start : start + _TILES_AT_ONCE].reshape(-1, pairs, 2)
+        boundary = _boundary_states(chunk, metric_rows, bits)
+        symbols[start : start + _TILES_AT_ONCE] = _tile_symbols(chunk, metric_rows, bits, boundary)
+    return symbols
+
+
+def _metric_rows(levels: np.ndarray) -> np.ndarray:
+    """float32 [3, 65536] so that m = [X0, X1, 1] @ rows; every partial sum is an integer below 2^24, so it is exact."""
+    wide = levels.astype(np.float32)
+    return np.stack([-wide[:, 0], -wide[:, 1], 2 * (wide**2).sum(axis=1)])
+
+
+def _boundary_states(chunk: np.ndarray, metric_rows: np.ndarray, bits: int) -> np.ndarray:
+    """The state after the last pair of each tile [n], from the pairs around the tile's boundary."""
+    around = np.concatenate([chunk[:, -BOUNDARY_STEPS:], chunk[:, :BOUNDARY_STEPS]], axis=1)
+    cost = np.zeros((len(chunk), metric_rows.shape[1] >> bits), np.float32)
+    decisions, cost = _forward(around, metric_rows, bits, cost)
+    last = cost.argmin(axis=1)
+    first_half = decisions[BOUNDARY_STEPS:]
+    return _trace_back(first_half, last, bits)[1]
+
+
+def _tile_symbols(chunk: np.ndarray, metric_rows: np.ndarray, bits: int, boundary: np.ndarray) -> np.ndarray:
+    """Symbols [n, pairs] of the best path that starts and ends in the state `boundary` [n]."""
+    cost = np.full((len(chunk), metric_rows.shape[1] >> bits), FORBIDDEN_COST, np.float32)
+    cost[np.arange(len(chunk)), boundary] = 0
+    decisions, _ = _forward(chunk, metric_rows, bits, cost)
+    return _trace_back(decisions, boundary, bits)[0]
+
+
+def _forward(pairs: np.ndarray, metric_rows: np.ndarray, bits: int, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Run the steps of the module's recursion.
+
+    Args:
+        pairs: integers [n, steps, 2].
+        metric_rows: from `_metric_rows`.
+        bits: bits per pair.
+        cost: float32 [n, states], start costs.
+
+    Returns:
+        The best low bits of each state after each step, uint8 [steps, n, states], and the final costs.
+    """
+    count, steps, _ = pairs.shape
+    states = cost.shape[1]
+    decisions = np.empty((steps, count, states), np.uint8)
+    inputs = np.ones((count, 3), np.float32)
+    candidates = np.empty((count, metric_rows.shape[1]), np.float32)
+    for step in range(steps):
+        inputs[:, :2] = pairs[:, step]
+        np.matmul(inputs, metric_rows, out=candidates)
+        # The low 16 - b bits of a window are the state before it, its high 16 - b bits the state after it.
+        by_previous = candidates.reshape(count, 1 << bits, states)
+        by_previous += cost[:, None, :]
+        by_next = candidates.reshape(count, states, 1 << bits)
+        best = by_next.argmin(axis=2)
+        cost = np.take_along_axis(by_next, best[:, :, None], axis=2)[:, :, 0]
+        cost -= cost.min(axis=1, keepdims=True)
+        decisions[step] = best
+    return decisions, cost
+
+
+def _trace_back(decisions: np.ndarray, last: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Follow decisions [steps, n, states] back from the states `last` [n]: symbols [n, steps] and the states before step 0 [n]."""
+    steps, count, states = decisions.shape
+    symbols = np.empty((count, steps), np.uint8)
+    state, rows = last, np.arange(count)
+    for step in reversed(range(steps)):
+        low = decisions[step, rows, state]
+        symbols[:, step] = low
+        state = (state << bits | low) & (states - 1)
+    return symbols, state
