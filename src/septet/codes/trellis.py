@@ -15,7 +15,7 @@ Reference: bitshift trellis codes after Tseng et al. 2024 (QTIP, arXiv 2406.1123
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def _levels_of_all_windows(width: TrellisWidth) -> np.ndarray:
     return np.stack([table[hashed & (TABLE_SIZE - 1)], table[(hashed >> 8) & (TABLE_SIZE - 1)]], axis=1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def window_levels(bits: int) -> np.ndarray:
     """The two levels of each window.
 
