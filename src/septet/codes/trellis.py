@@ -3,7 +3,7 @@
 Symbol p of a tile is bits [b*p, b*p + b) of its stream, b = bits per pair. The window of pair p is the bits [b*p, b*p + 16),
 modulo 128*b: the stream bites its tail. A hash and two looks into one table turn a window into two levels:
 
-    h = ((w*C & 0xFFFF) + (w*C >> 16)) & 0xFFFF        levels = T[h & 127], T[(h >> 8) & 127]
+    h = (w*C >> 16) & 0xFFFF        levels = T[h & 127], T[(h >> 8) & 127]
 
 So a symbol is the low b bits of its own window, and the windows of neighbours overlap in 16 - b bits:
 w[p+1] = w[p] >> b | new bits << (16 - b). Multiplier C, table T and the scale of the encoder's input are chosen per width.
@@ -52,8 +52,8 @@ class TrellisWidth:
 
     Args:
         bits_per_pair: 6, 7 or 8.
-        multiplier: C of the hash, 1..65535.
-        table: T, 128 levels in -127..127.
+        multiplier: C of the hash, 32 bits.
+        table: T, 128 levels in -127..127; T[64 + i] = -T[i].
         levels_per_sigma: how many levels one standard deviation of Gaussian weights is encoded as.
     """
 
@@ -67,29 +67,46 @@ class TrellisWidth:
         return np.array(self.table, np.int8)
 
 
-# Centroids of 128 equally likely bins of a Gaussian, scaled and rounded so that the largest is 127.
+# Multipliers: the best of some ten thousand random ones per width. Magnitudes: centroids of the encoder's own choices on Gaussian
+# weights, from a quantile table in two or three rounds (tools/search_trellis.py; figures in docs/log.md).
 # fmt: off
-_GAUSSIAN_TABLE = (
-    -127, -105, -95, -89, -84, -79, -76, -72, -69, -67, -64, -62, -60, -58, -56, -54,
-    -52, -51, -49, -47, -46, -44, -43, -42, -40, -39, -38, -37, -35, -34, -33, -32,
-    -31, -29, -28, -27, -26, -25, -24, -23, -22, -21, -20, -19, -18, -17, -16, -15,
-    -14, -13, -12, -11, -10, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0,
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
+_MAGNITUDES_6 = (
+    1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
+    15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 27, 29, 31,
+    32, 32, 34, 34, 36, 37, 39, 40, 42, 42, 43, 45, 46, 48, 50, 50,
+    53, 55, 57, 58, 60, 62, 65, 67, 70, 74, 77, 82, 87, 93, 104, 127,
+)
+_MAGNITUDES_7 = (
+    1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
     15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 31,
-    32, 33, 34, 35, 37, 38, 39, 40, 42, 43, 44, 46, 47, 49, 51, 52,
-    54, 56, 58, 60, 62, 64, 67, 69, 72, 76, 79, 84, 89, 95, 105, 127,
+    32, 32, 33, 35, 36, 37, 39, 39, 41, 42, 43, 45, 46, 48, 49, 50,
+    53, 54, 56, 58, 60, 62, 65, 67, 70, 74, 77, 82, 87, 93, 105, 127,
+)
+_MAGNITUDES_8 = (
+    1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
+    15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 31,
+    32, 33, 33, 35, 36, 38, 38, 40, 41, 43, 43, 46, 46, 48, 49, 50,
+    53, 54, 56, 58, 60, 62, 65, 67, 70, 73, 76, 81, 86, 94, 106, 127,
 )
 # fmt: on
 
+
+def _signed(magnitudes: tuple[int, ...]) -> tuple[int, ...]:
+    """T from its 64 magnitudes: index bit 6 is the sign, so that 64 entries and a sign are all a vector unit needs."""
+    return magnitudes + tuple(-level for level in magnitudes)
+
+
 WIDTHS = {
-    6: TrellisWidth(6, 0x1701, _GAUSSIAN_TABLE, 42.32145341879946),
-    7: TrellisWidth(7, 0x1701, _GAUSSIAN_TABLE, 42.32145341879946),
-    8: TrellisWidth(8, 0x1701, _GAUSSIAN_TABLE, 42.32145341879946),
+    6: TrellisWidth(6, 0x273EF68E, _signed(_MAGNITUDES_6), 41.84),
+    7: TrellisWidth(7, 0x658981FC, _signed(_MAGNITUDES_7), 40.31),
+    8: TrellisWidth(8, 0x846EC730, _signed(_MAGNITUDES_8), 38.69),
 }
 
 
 def hash_windows(windows: np.ndarray, width: TrellisWidth) -> np.ndarray:
-    """Hash windows: low plus high half of the 32-bit product with the multiplier, modulo 2^16.
+    """Hash windows: bits 16..31 of the product with the multiplier.
+
+    Sixteen-bit vectors get there with mulhi(w, C mod 2^16) + mullo(w, C >> 16), a GPU with one 32-bit product.
 
     Args:
         windows: integers 0..65535, any shape.
@@ -99,7 +116,7 @@ def hash_windows(windows: np.ndarray, width: TrellisWidth) -> np.ndarray:
         uint16, the shape of `windows`.
     """
     product = np.asarray(windows).astype(np.uint32) * np.uint32(width.multiplier)
-    return ((product & np.uint32(WINDOW_MASK)) + (product >> np.uint32(WINDOW_BITS))).astype(np.uint16)
+    return (product >> np.uint32(WINDOW_BITS)).astype(np.uint16)
 
 
 def _levels_of_all_windows(width: TrellisWidth) -> np.ndarray:

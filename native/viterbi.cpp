@@ -1,0 +1,149 @@
+// The trellis encoder: exact Viterbi search per tile, tail-biting in two passes, in integers only, so that every machine writes the same bytes.
+//
+// Inputs are quarter levels (int16). The metric of a window with levels T0, T1 is m = 2 (T0^2 + T1^2) - (X0 T0 + X1 T1): half the squared distance in level
+// units, less a part that no choice changes. Pass one searches the tile cut open in its middle (pairs 64 .. 127, 0 .. 63) and fixes the state at the boundary; pass two searches all 128
+// pairs from that state to that state. codes/trellis.py is the definition; the tests compare bytes.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "viterbi.h"
+
+namespace septet {
+namespace {
+
+struct Scalar {
+    using Type = int32_t;
+    static constexpr int lanes = 1, registers_per_tile = 4;
+    static Type all(int32_t v) { return v; }
+    static Type load(const int32_t* p) { return *p; }
+    static void store(int32_t* p, Type v) { *p = v; }
+    static void store_low_bytes(uint8_t* p, Type v) { *p = static_cast<uint8_t>(v & 0xFF); }
+    static Type add(Type a, Type b) { return a + b; }
+    static Type subtract(Type a, Type b) { return a - b; }
+    static Type min(Type a, Type b) { return std::min(a, b); }
+    static Type bit_and(Type a, Type b) { return a & b; }
+    static Type bit_or(Type a, Type b) { return a | b; }
+    static Type dot2(Type sum, Type a, Type b) {
+        return sum + static_cast<int16_t>(a & 0xFFFF) * static_cast<int16_t>(b & 0xFFFF) + (a >> 16) * (b >> 16);
+    }
+    static Type times_groups(int c, int groups) { return c * groups; }
+    static int32_t reduce_min(Type v) { return v; }
+};
+
+constexpr int kPairs = 128, kBoundarySteps = 64, kFarState = 1 << 22;  // kFarState: a cost no path from the fixed state can reach
+
+struct Free { void operator()(void* p) const { std::free(p); } };
+template <class T> using Buffer = std::unique_ptr<T[], Free>;
+template <class T> Buffer<T> buffer(size_t count) { return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))); }
+
+// Search state of one batch of tiles.
+class Search {
+public:
+    Search(const ViterbiTables& tables, ViterbiAdvance advance) : tables_(tables), advance_(advance), count_(states(tables.bits)),
+        costs_(buffer<int32_t>(kBatch * count_)), scratch_(buffer<int32_t>(kBatch * count_)), survivors_(buffer<uint8_t>(kBatch * kPairs * count_)) {}
+
+    // tiles: kBatch pointers to 256 quarter levels. symbols: kBatch pointers to 128 symbols.
+    void encode(const int16_t* const* tiles, uint8_t* const* symbols) {
+        const int bits = tables_.bits;
+        int boundary[kBatch];
+        start(nullptr);
+        run(tiles, kPairs - kBoundarySteps, 2 * kBoundarySteps);
+        for (int t = 0; t < kBatch; t++) {
+            int state = cheapest(t);
+            for (int s = 2 * kBoundarySteps - 1; s >= kBoundarySteps; s--) state = window(t, s, state) & (count_ - 1);
+            boundary[t] = state;
+        }
+        start(boundary);
+        run(tiles, 0, kPairs);
+        for (int t = 0; t < kBatch; t++) {
+            int state = boundary[t];
+            for (int s = kPairs - 1; s >= 0; s--) {
+                const int w = window(t, s, state);
+                symbols[t][s] = static_cast<uint8_t>(w & ((1 << bits) - 1));
+                state = w & (count_ - 1);
+            }
+        }
+    }
+
+private:
+    void start(const int* fixed_state) {
+        for (int t = 0; t < kBatch; t++)
+            for (int s = 0; s < count_; s++) {
+                const int cost = fixed_state == nullptr || fixed_state[t] == s ? 0 : kFarState;
+                costs_[t * count_ + slot_of_state(s, tables_.bits)] = cost << kMetricShift | (s & ((1 << tables_.bits) - 1));
+            }
+    }
+
+    void run(const int16_t* const* tiles, int first_pair, int steps) {
+        for (int s = 0; s < steps; s++) {
+            const int pair = (first_pair + s) % kPairs;
+            int32_t inputs[kBatch];
+            ViterbiStep step{&tables_, costs_.get(), scratch_.get(), inputs, {}};
+            for (int t = 0; t < kBatch; t++) {
+                std::memcpy(&inputs[t], tiles[t] + 2 * pair, sizeof(int32_t));
+                step.survivors[t] = survivors_.get() + (t * kPairs + s) * count_;
+            }
+            advance_(step);
+        }
+    }
+
+    int window(int t, int s, int state) const {
+        return state << tables_.bits | survivors_[(t * kPairs + s) * count_ + slot_of_state(state, tables_.bits)];
+    }
+
+    int cheapest(int t) const {
+        int best = 0;
+        for (int s = 1; s < count_; s++)
+            if ((cost(t, s) >> kMetricShift) < (cost(t, best) >> kMetricShift)) best = s;
+        return best;
+    }
+    int32_t cost(int t, int s) const { return costs_[t * count_ + slot_of_state(s, tables_.bits)]; }
+
+    const ViterbiTables& tables_;
+    ViterbiAdvance advance_;
+    int count_;
+    Buffer<int32_t> costs_, scratch_;
+    Buffer<uint8_t> survivors_;
+};
+
+}  // namespace
+
+const ViterbiKernel viterbi_scalar = viterbi_kernel<Scalar>();
+
+WidthTables::WidthTables(int bits, const int8_t* window_levels) : levels_(buffer<int32_t>(1 << kWindowBits).release()), norms_(buffer<int32_t>(1 << kWindowBits).release()) {
+    tables_ = {bits, levels_, norms_};
+    for (int group = 0; group < groups(bits); group++)
+        for (int low = 0; low < 1 << bits; low++)
+            for (int c = 0; c < 1 << bits; c++) {
+                const int w = (group + groups(bits) * c) << bits | low, index = (((group << bits) + low) << bits) + c;
+                const int first = window_levels[2 * w], second = window_levels[2 * w + 1];
+                const int16_t scaled[2] = {static_cast<int16_t>(-first * 256), static_cast<int16_t>(-second * 256)};
+                std::memcpy(&levels_[index], scaled, sizeof scaled);
+                norms_[index] = 2 * (first * first + second * second) * 256;
+            }
+}
+
+WidthTables::~WidthTables() {
+    std::free(levels_);
+    std::free(norms_);
+}
+
+void viterbi_encode(const ViterbiTables& tables, const ViterbiKernel& kernel, const int16_t* fixed, int64_t tiles, uint8_t* symbols) {
+    Search search(tables, kernel.advance[tables.bits - 6]);
+    std::vector<uint8_t> unused(kPairs);
+    for (int64_t first = 0; first < tiles; first += kBatch) {
+        const int16_t* batch[kBatch];
+        uint8_t* out[kBatch];
+        for (int t = 0; t < kBatch; t++) {  // a short batch repeats its last tile into a buffer nobody reads
+            const int64_t tile = std::min(first + t, tiles - 1);
+            batch[t] = fixed + tile * 2 * kPairs;
+            out[t] = first + t < tiles ? symbols + tile * kPairs : unused.data();
+        }
+        search.encode(batch, out);
+    }
+}
+
+}  // namespace septet
