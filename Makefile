@@ -1,0 +1,45 @@
+# septet: `make demo` and `make test` do all the set-up themselves. `make help` lists the rest.
+# tools/setup_environment.sh says what is installed, and where from. PYTHON=... picks the interpreter.
+
+SETUP := ./tools/setup_environment.sh
+BIN := .venv/bin
+# Two OpenMP threads that wait for each other on a busy machine are slower than one.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test test-python test-oldest-transformers lint clean distclean
+
+help:
+	@echo "make demo    quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
+	@echo "make test    lint, import contract, all tests on every backend, the oldest transformers"
+	@echo "make lint    style and import contract only"
+	@echo "make setup   install everything into .venv, without running anything"
+	@echo "make clean   remove builds, the demo's output and caches; make distclean also the environments"
+
+setup:
+	@$(SETUP) venv torch package
+
+demo:
+	@$(SETUP) venv torch package demo
+	$(BIN)/septet demo
+
+test: lint test-python test-oldest-transformers
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+test-python: lint
+	SEPTET_EXPECT_BACKENDS="$$($(BIN)/python tools/expected_backends.py)" $(BIN)/python -m pytest
+
+test-oldest-transformers: test-python
+	@$(SETUP) oldest
+	.venv-transformers-min/bin/python -m pytest tests/test_transformers.py
+
+clean:
+	rm -rf build dist demo demo.partial .pytest_cache .ruff_cache .hypothesis .import_linter_cache .venv/septet-sources.sha256
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-transformers-min .venv.lock

@@ -1,0 +1,93 @@
+"""Fixtures that more than one test file needs, and the promise that nothing skips silently.
+
+`backend` runs a test on every kernel backend that works here. SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says
+which backends and instruction sets must work; another list fails the run before the first test.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from septet import kernels
+
+EXPECT_VARIABLE = "SEPTET_EXPECT_BACKENDS"
+
+
+def covered_backends() -> list[str]:
+    """Every backend that works here, and the instruction sets the native one can use."""
+    names = [name for name, reason in kernels.available_backends().items() if reason is None]
+    if "native" in names:
+        sets = kernels.select_backend("native").instruction_sets()
+        names += [name for name, reason in sets.items() if not reason]
+    return sorted(names)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stop when the list of backends is not the expected one."""
+    expected = os.environ.get(EXPECT_VARIABLE)
+    if expected is None:
+        return
+    wanted, found = sorted(filter(None, expected.split(","))), covered_backends()
+    if wanted != found:
+        why = {name: reason for name, reason in kernels.available_backends().items() if reason}
+        pytest.exit(f"{EXPECT_VARIABLE}={','.join(wanted)}, but here are {','.join(found)} {why or ''}", returncode=1)
+
+
+def pytest_report_header() -> str:
+    """Name what the run covers."""
+    return f"septet backends: {', '.join(covered_backends())}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name it again where a reader looks."""
+    terminalreporter.write_line(f"septet backends covered: {', '.join(covered_backends())}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that asks for `backend` on each backend that works here."""
+    if "backend" in metafunc.fixturenames:
+        names = [name for name, reason in kernels.available_backends().items() if reason is None]
+        metafunc.parametrize("backend", [kernels.select_backend(name) for name in names], ids=names)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed."""
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of 2 layers with random weights, a byte tokenizer and a chat template, as `save_pretrained` writes them.
+
+    hidden 64, intermediate 192, 4 heads, 2 key-value heads, vocabulary 260, tied embeddings. Treat it as read-only.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(path)
+    byte_tokenizer(transformers).save_pretrained(path)
+    return path
+
+
+def byte_tokenizer(transformers: object) -> object:
+    """A tokenizer whose tokens are the 256 bytes and four special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "additional_special_tokens": ["<user>"]}
+    tokenizer.add_special_tokens(["<bos>", "<eos>", "<pad>", "<user>"])
+    template = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)

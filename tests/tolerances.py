@@ -1,0 +1,53 @@
+"""Every bound the tests use, with its reason, so that a loosened one shows in a diff.
+
+Integers, codes and bytes are compared exactly and have no entry here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FLOAT32_UNIT = 2.0**-24
+FLOAT16_UNIT = 2.0**-11
+
+
+def float_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How far a float32 product in any order may be from the exact one: 2 K units of the sum of absolute terms.
+
+    K float32 multiplications and K - 1 additions round once each; the factor 2 covers the float32 steps before and after.
+
+    Args:
+        x: [M, K], the activations as the product sees them.
+        weight: [N, K], the dequantized weight.
+
+    Returns:
+        [M, N] float64, the absolute bound.
+    """
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
+    return 2 * x.shape[1] * FLOAT32_UNIT * magnitude
+
+
+def activation_rounding(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How far int8 activations may move a product: half a step per input, the step being absmax / 127 of the token.
+
+    Args:
+        x: [M, K], the activations before they are quantized.
+        weight: [N, K], the weight in the same basis.
+
+    Returns:
+        [M, N] float64, the absolute bound (without the float rounding of `float_product`).
+    """
+    step = np.abs(x).max(axis=1, keepdims=True).astype(np.float64) / 127
+    return step / 2 * np.abs(weight).sum(axis=1, dtype=np.float64)[None, :]
+
+
+def half_step(scale: np.ndarray) -> np.ndarray:
+    """Largest error of rounding to a grid of step `scale` inside its range; two float32 roundings are on top.
+
+    Args:
+        scale: any shape, the step.
+
+    Returns:
+        The same shape, float64.
+    """
+    return np.asarray(scale, np.float64) * (0.5 + 4 * FLOAT16_UNIT)

@@ -1,0 +1,28 @@
+"""Print the backends and instruction sets that must work on this machine, for SEPTET_EXPECT_BACKENDS.
+
+The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# What the native library needs for each instruction set, in the words of /proc/cpuinfo.
+REQUIRED_FLAGS = {
+    "avx2": {"avx2"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+    "avx512vbmi": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi"},
+}
+
+
+def cpu_flags() -> set[str]:
+    """The flags of the first processor; nothing on a processor that is not x86."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+if __name__ == "__main__":
+    flags = cpu_flags()
+    print(",".join(["reference", "native", "scalar", *(name for name, needed in REQUIRED_FLAGS.items() if needed <= flags)]))
