@@ -26,6 +26,7 @@ from septet.errors import CodeRangeError, ShapeError
 __all__ = [
     "FIXED_LIMIT",
     "FIXED_PER_LEVEL",
+    "LEVEL_TABLE",
     "WIDTHS",
     "WINDOW_BITS",
     "TrellisWidth",
@@ -52,9 +53,9 @@ class TrellisWidth:
 
     Args:
         bits_per_pair: 6, 7 or 8.
-        multiplier: C of the hash, 32 bits.
+        multiplier: C of the hash, uint32.
         table: T, 128 levels in -127..127; T[64 + i] = -T[i].
-        levels_per_sigma: how many levels one standard deviation of Gaussian weights is encoded as.
+        levels_per_sigma: level units that one standard deviation of Gaussian weights is encoded as, where the error is least.
     """
 
     bits_per_pair: int
@@ -68,38 +69,24 @@ class TrellisWidth:
 
 
 # Multipliers: the best of some ten thousand random ones per width. Magnitudes: centroids of the encoder's own choices on Gaussian
-# weights, from a quantile table in two or three rounds (tools/search_trellis.py; figures in docs/log.md).
+# weights at 7 bits; retraining them for 6 or 8 bits gains nothing (tools/search_trellis.py; figures in docs/log.md).
 # fmt: off
-_MAGNITUDES_6 = (
-    1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
-    15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 27, 29, 31,
-    32, 32, 34, 34, 36, 37, 39, 40, 42, 42, 43, 45, 46, 48, 50, 50,
-    53, 55, 57, 58, 60, 62, 65, 67, 70, 74, 77, 82, 87, 93, 104, 127,
-)
-_MAGNITUDES_7 = (
+_MAGNITUDES = (
     1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
     15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 31,
     32, 32, 33, 35, 36, 37, 39, 39, 41, 42, 43, 45, 46, 48, 49, 50,
     53, 54, 56, 58, 60, 62, 65, 67, 70, 74, 77, 82, 87, 93, 105, 127,
 )
-_MAGNITUDES_8 = (
-    1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14,
-    15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 31,
-    32, 33, 33, 35, 36, 38, 38, 40, 41, 43, 43, 46, 46, 48, 49, 50,
-    53, 54, 56, 58, 60, 62, 65, 67, 70, 73, 76, 81, 86, 94, 106, 127,
-)
 # fmt: on
 
 
-def _signed(magnitudes: tuple[int, ...]) -> tuple[int, ...]:
-    """T from its 64 magnitudes: index bit 6 is the sign, so that 64 entries and a sign are all a vector unit needs."""
-    return magnitudes + tuple(-level for level in magnitudes)
-
+#: T, one for all widths. Index bit 6 is the sign, so that 64 entries and a sign are all a vector unit needs.
+LEVEL_TABLE = _MAGNITUDES + tuple(-level for level in _MAGNITUDES)
 
 WIDTHS = {
-    6: TrellisWidth(6, 0x273EF68E, _signed(_MAGNITUDES_6), 41.84),
-    7: TrellisWidth(7, 0x658981FC, _signed(_MAGNITUDES_7), 40.31),
-    8: TrellisWidth(8, 0x846EC730, _signed(_MAGNITUDES_8), 38.69),
+    6: TrellisWidth(6, 0x273EF68E, LEVEL_TABLE, 41.84),
+    7: TrellisWidth(7, 0x658981FC, LEVEL_TABLE, 40.31),
+    8: TrellisWidth(8, 0x846EC730, LEVEL_TABLE, 38.69),
 }
 
 
