@@ -72,7 +72,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=260, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).eval().save_pretrained(path)
     byte_tokenizer(transformers).save_pretrained(path)
