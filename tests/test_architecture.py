@@ -95,23 +95,11 @@ def test_no_broad_except_no_star_import_no_leftovers(path: Path) -> None:
     assert not re.search(r"#\s*(TODO|FIXME|XXX)", text)
 
 
-def drawn_trees(text: str) -> list[str]:
-    """The paths in the tree blocks of ARCHITECTURE.md: two spaces of indentation a level, a folder ends in a slash."""
-    paths: list[str] = []
-    for block in re.findall(r"```tree\n(.*?)```", text, flags=re.DOTALL):
-        folders: list[str] = []
-        for line in block.splitlines():
-            name = line.split()[0]
-            depth = (len(line) - len(line.lstrip())) // 2
-            folders = [*folders[:depth], name]
-            paths.append("".join(folders))
-    return paths
+def test_tree_in_architecture_is_the_disk() -> None:
+    result = subprocess.run([sys.executable, ROOT / "tools" / "draw_tree.py", "--check"], check=False)
+    assert result.returncode == 0, "run: python tools/draw_tree.py"
 
 
-def test_trees_in_architecture_equal_the_disk() -> None:
-    drawn = drawn_trees((ROOT / "ARCHITECTURE.md").read_text())
-    missing = [path for path in drawn if not (ROOT / path).exists()]
-    assert not missing, "drawn but not there"
-    files = [*PACKAGE_FILES, *NATIVE_FILES]
-    undrawn = [name_of(path) for path in files if name_of(path) not in drawn and path.name != "__init__.py"]
-    assert not undrawn, "there but not drawn"
+@pytest.mark.parametrize("path", NATIVE_FILES, ids=name_of)
+def test_native_file_starts_with_its_idea(path: Path) -> None:
+    assert re.match(r"//|/\*|!", path.read_text())

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from septet.codes import trellis
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SPEC = (ROOT / "SPEC.md").read_text()
@@ -66,6 +64,12 @@ def test_readme_python_runs(demo_folder: Path) -> None:
     for code in shown:
         result = subprocess.run([sys.executable, "-c", code], cwd=demo_folder, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("tool", ["generate_tables.py"])
+def test_generated_files_regenerate_to_themselves(tool: str) -> None:
+    result = subprocess.run([sys.executable, ROOT / "tools" / tool, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, f"run: python tools/{tool}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SPEC.md", "docs/installation.md"])
