@@ -8,14 +8,15 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-python test-oldest-transformers lint clean distclean
+.PHONY: help setup demo test test-python test-oldest-transformers lint generate clean distclean
 
 help:
-	@echo "make demo    quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
-	@echo "make test    lint, import contract, all tests on every backend, the oldest transformers"
-	@echo "make lint    style and import contract only"
-	@echo "make setup   install everything into .venv, without running anything"
-	@echo "make clean   remove builds, the demo's output and caches; make distclean also the environments"
+	@echo "make demo      quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
+	@echo "make test      lint, import contract, all tests on every backend, the oldest transformers"
+	@echo "make lint      style and import contract only"
+	@echo "make generate  write the generated files again: native/tables.h, the tree in ARCHITECTURE.md"
+	@echo "make setup     install everything into .venv, without running anything"
+	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
 
 setup:
 	@$(SETUP) venv torch package
@@ -36,6 +37,10 @@ test-python: lint
 test-oldest-transformers: test-python
 	@$(SETUP) oldest
 	.venv-transformers-min/bin/python -m pytest tests/test_transformers.py
+
+generate: setup
+	$(BIN)/python tools/generate_tables.py
+	$(BIN)/python tools/draw_tree.py
 
 clean:
 	rm -rf build dist demo demo.partial .pytest_cache .ruff_cache .hypothesis .import_linter_cache .venv/septet-sources.sha256

@@ -25,7 +25,7 @@ def idea(path: Path) -> str:
     if path.suffix == ".py":
         line = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
     else:
-        opening = re.match(r"(?:#!.*\n)?(?://|#|!|/\*+)\s*(.*)", text)
+        opening = re.match(r"(?:#!.*\n)?(?://+|# |! |/\*+)\s*(.*)", text)
         line = opening.group(1) if opening else ""
     return line.rstrip(".:")
 
