@@ -52,7 +52,7 @@ def symbols_of_fields(fields: np.ndarray) -> np.ndarray:
         CodeRangeError: a field does not fit its bits.
     """
     fields = np.asarray(fields)
-    pairs = fields.reshape(*fields.shape[:-1], -1, 2)
+    pairs = fields.reshape(*fields.shape[:-1], fields.shape[-1] // 2, 2)
     for index, largest in enumerate(FIELD_MAX):
         field = pairs[..., index]
         if field.size and (field.min() < 0 or field.max() > largest):

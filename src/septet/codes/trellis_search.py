@@ -31,9 +31,9 @@ def search(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
     """Encode tiles.
 
     Args:
-        fixed: integers [tiles, 2 * pairs] in stream order, quarter levels, -1020..1020; pairs >= BOUNDARY_STEPS.
-        levels: int8 [65536, 2], the levels of each window (tests search with fewer windows).
-        bits: bits per pair, 6, 7 or 8.
+        fixed: integers [tiles, 2 * pairs] in stream order, quarter levels, -1020..1020.
+        levels: int8 [65536, 2], the levels of each window; shorter windows work as well, and tests use them.
+        bits: bits per pair, at least a third of a window, so that two steps lead from any state to any other.
 
     Returns:
         uint8 [tiles, pairs], below 2^bits.
@@ -56,12 +56,12 @@ def _metric_rows(levels: np.ndarray) -> np.ndarray:
 
 def _boundary_states(chunk: np.ndarray, metric_rows: np.ndarray, bits: int) -> np.ndarray:
     """The state after the last pair of each tile [n], from the pairs around the tile's boundary."""
-    around = np.concatenate([chunk[:, -BOUNDARY_STEPS:], chunk[:, :BOUNDARY_STEPS]], axis=1)
+    steps = min(BOUNDARY_STEPS, chunk.shape[1])
+    around = np.concatenate([chunk[:, -steps:], chunk[:, :steps]], axis=1)
     cost = np.zeros((len(chunk), metric_rows.shape[1] >> bits), np.float32)
     decisions, cost = _forward(around, metric_rows, bits, cost)
     last = cost.argmin(axis=1)
-    first_half = decisions[BOUNDARY_STEPS:]
-    return _trace_back(first_half, last, bits)[1]
+    return _trace_back(decisions[steps:], last, bits)[1]
 
 
 def _tile_symbols(chunk: np.ndarray, metric_rows: np.ndarray, bits: int, boundary: np.ndarray) -> np.ndarray:

@@ -11,10 +11,8 @@ import numpy as np
 
 from septet.errors import ShapeError
 
-__all__ = ["SMALLEST_ABSMAX", "hadamard", "quantize_activations"]
+__all__ = ["hadamard", "quantize_activations"]
 
-#: Segments whose largest magnitude is below this count as zero: 127 / absmax would overflow or the scale be subnormal.
-SMALLEST_ABSMAX = np.float32(2.0**-100)
 _LARGEST = np.float32(127)
 
 
@@ -48,8 +46,9 @@ def hadamard(x: np.ndarray, block: int) -> np.ndarray:
 def quantize_activations(x: np.ndarray, segment: int) -> tuple[np.ndarray, np.ndarray]:
     """Round activations to int8 with one scale per token and segment.
 
-    absmax = max |x|; scale = absmax / 127; q = rint(x * (127 / absmax)), half to even, clipped to -127..127. A segment with
-    absmax < 2^-100 has scale 0 and q 0. One with a NaN or infinity has scale NaN and q 0: its product is NaN, never finite.
+    absmax = max |x|; scale = absmax / 127; q = rint(x * (127 / absmax)), half to even, clipped to -127..127, and 0 where x is 0.
+    Zeros have scale 0. A segment with a NaN or infinity has scale NaN and q 0: its product is NaN, never finite.
+    When absmax is below 127 / 2^128 the factor is infinite, so every x but 0 becomes 127 or -127; the error is below absmax.
 
     Args:
         x: float32 [M, K].
@@ -71,10 +70,9 @@ def quantize_activations(x: np.ndarray, segment: int) -> tuple[np.ndarray, np.nd
     padded = padded.reshape(tokens, count, segment)
     absmax = np.abs(padded).max(axis=2, initial=0)
     finite = np.isfinite(absmax)
-    used = finite & (absmax >= SMALLEST_ABSMAX)
-    divisor = np.where(used, absmax, _LARGEST)
-    scale = np.where(used, divisor / _LARGEST, np.where(finite, np.float32(0), np.float32(np.nan)))
-    inverse = _LARGEST / divisor
-    scaled = np.where(used[:, :, None], padded, np.float32(0)) * inverse[:, :, None]
-    quantized = np.clip(np.rint(scaled), -_LARGEST, _LARGEST).astype(np.int8)
-    return np.ascontiguousarray(quantized.reshape(tokens, -1)[:, :features]), scale.astype(np.float32)
+    scale = np.where(finite, absmax / _LARGEST, np.float32(np.nan))
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scaled = padded * (_LARGEST / absmax)[:, :, None]
+    rounded = np.clip(np.rint(scaled), -_LARGEST, _LARGEST)
+    quantized = np.where(finite[:, :, None] & (padded != 0), rounded, np.float32(0)).astype(np.int8)
+    return np.ascontiguousarray(quantized.reshape(tokens, count * segment)[:, :features]), scale

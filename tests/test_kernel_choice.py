@@ -1,0 +1,69 @@
+"""Which backend is used: the first that works, or exactly the named one, never a silent fallback."""
+
+from __future__ import annotations
+
+import pytest
+
+from septet import kernels
+from septet.errors import BackendUnavailableError
+from septet.kernels import reference
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of one backend that does not exist and the reference."""
+    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_BACKENDS", (("missing", "septet.kernels.missing"), ("reference", "septet.kernels.reference")))
+
+
+def test_the_first_that_works_is_taken(backends: None) -> None:
+    assert kernels.select_backend() is reference
+
+
+def test_reasons_are_listed(backends: None) -> None:
+    assert kernels.available_backends() == {"missing": "No module named 'septet.kernels.missing'", "reference": None}
+
+
+@pytest.mark.parametrize("name", ["missing", "gpu9000"])
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_a_named_backend_has_no_fallback(backends: None, monkeypatch: pytest.MonkeyPatch, name: str, way: str) -> None:
+    if way == "environment":
+        monkeypatch.setenv(kernels.BACKEND_VARIABLE, name)
+    with pytest.raises(BackendUnavailableError) as caught:
+        kernels.select_backend(name if way == "argument" else None)
+    assert name in str(caught.value)
+    assert "missing (No module named" in str(caught.value) and "reference (available)" in str(caught.value)
+
+
+def test_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "reference")
+    assert kernels.select_backend() is reference
+    assert reference.NAME == "reference"
+
+
+def test_no_backend_at_all_is_an_error(backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BACKENDS", (("missing", "septet.kernels.missing"),))
+    with pytest.raises(BackendUnavailableError, match="a kernel backend must work here"):
+        kernels.select_backend()
+
+
+def test_an_impossible_instruction_set_is_not_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that raises BackendUnavailableError while it loads (a wrong SEPTET_CPU) stops the choice."""
+    real = kernels._load
+
+    def load(module: str) -> object:
+        if module == "septet.kernels.picky":
+            raise BackendUnavailableError("SEPTET_CPU must name an instruction set of this machine", "neon", "use scalar")
+        return real(module)
+
+    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_load", load)
+    monkeypatch.setattr(kernels, "_BACKENDS", (("picky", "septet.kernels.picky"), ("reference", "septet.kernels.reference")))
+    with pytest.raises(BackendUnavailableError, match="SEPTET_CPU"):
+        kernels.select_backend()
+    assert "SEPTET_CPU" in kernels.available_backends()["picky"]
+
+
+def test_every_backend_has_the_whole_interface(backend: object) -> None:
+    names = set(reference.__all__) - {"PreparedLayer"}
+    assert names <= set(dir(backend))
