@@ -3,10 +3,11 @@
 
 SETUP := ./tools/setup_environment.sh
 BIN := .venv/bin
-# Two OpenMP threads that wait for each other on a busy machine are slower than one.
-export OMP_NUM_THREADS ?= 1
+.DEFAULT_GOAL := help
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Tests multiply small matrices: OpenMP threads that wait for each other on a busy machine are slower than one.
+test-python test-oldest-transformers: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-python test-oldest-transformers lint generate clean distclean
 

@@ -49,7 +49,7 @@ stage_venv() {
     python=$(find_python)
     if [ -z "$python" ]; then
         [ -z "${PYTHON:-}" ] || fail "PYTHON must be a Python >= 3.10, got $PYTHON" "leave PYTHON unset or name another one"
-        install_system_packages python3
+        install_system_packages python3 python3-venv python3-dev g++
         python=$(find_python)
         [ -n "$python" ] || fail "no Python >= 3.10 found" "install one and name it: make PYTHON=/path/to/python3"
     fi
