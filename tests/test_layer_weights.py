@@ -108,7 +108,9 @@ def test_wrong_shapes_of_split(change: dict) -> None:
         replace(split_layer(), **change)
 
 
-@pytest.mark.parametrize("change", [{"packed": np.zeros((128, 12), np.int8)}, {"packed": np.zeros((70, 12), np.uint8)}, {"output_block": 2}])
+@pytest.mark.parametrize(
+    "change", [{"packed": np.zeros((128, 12), np.int8)}, {"packed": np.zeros((70, 12), np.uint8)}, {"output_block": 2}]
+)
 def test_wrong_shapes_of_int8(change: dict) -> None:
     with pytest.raises(ShapeError):
         replace(int8_layer(), **change)
