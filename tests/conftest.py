@@ -1,13 +1,15 @@
 """Fixtures that more than one test file needs, and the promise that nothing skips silently.
 
-`backend` runs a test on every kernel backend that works here. SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says
-which backends and instruction sets must work; another list fails the run before the first test.
+`backend` runs a test on every kernel backend that works here, the native one once per instruction set. The variable
+SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says which ones must work; another list fails the run at its start.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -47,11 +49,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"septet backends covered: {', '.join(covered_backends())}")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test that asks for `backend` on each backend that works here."""
-    if "backend" in metafunc.fixturenames:
-        names = [name for name, reason in kernels.available_backends().items() if reason is None]
-        metafunc.parametrize("backend", [kernels.select_backend(name) for name in names], ids=names)
+def backend_choices() -> list[str]:
+    """`reference`, and `native-avx2` and the like for every instruction set."""
+    names = [name for name, reason in kernels.available_backends().items() if reason is None]
+    sets = covered_backends()
+    native = [f"native-{name}" for name in sets if name not in names]
+    return [choice for name in names for choice in (native if name == "native" else [name])]
+
+
+@pytest.fixture(params=backend_choices())
+def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Every backend that works here, the native one once per instruction set."""
+    name, _, instruction_set = request.param.partition("-")
+    module = kernels.select_backend(name)
+    if not instruction_set:
+        yield module
+        return
+    before = module.instruction_set()
+    module.set_instruction_set(instruction_set)
+    yield module
+    module.set_instruction_set(before)
 
 
 @pytest.fixture

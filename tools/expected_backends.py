@@ -8,11 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 # What the native library needs for each instruction set, in the words of /proc/cpuinfo.
-REQUIRED_FLAGS = {
-    "avx2": {"avx2"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
-    "avx512vbmi": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi"},
-}
+AVX2 = {"avx2", "fma"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+REQUIRED_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vnni"}}
 
 
 def cpu_flags() -> set[str]:
