@@ -66,6 +66,12 @@ def test_readme_python_runs(demo_folder: Path) -> None:
         assert result.returncode == 0, result.stderr
 
 
+def test_example_one_matrix_runs() -> None:
+    result = subprocess.run([sys.executable, ROOT / "examples" / "one_matrix.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["backend", "split", "trellis"]
+
+
 @pytest.mark.parametrize("tool", ["generate_tables.py"])
 def test_generated_files_regenerate_to_themselves(tool: str) -> None:
     result = subprocess.run([sys.executable, ROOT / "tools" / tool, "--check"], capture_output=True, text=True)
