@@ -1,0 +1,133 @@
+// Which instruction set runs: the fastest one the processor and its operating system support, or the one SEPTET_CPU names.
+//
+// Decided at the first call and kept. An unknown or unsupported name is an error of every call from then on, never a silent choice.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "septet.h"
+
+namespace septet {
+namespace {
+
+struct Candidate {
+    const char* name;
+    const KernelTable* kernels;  // nullptr: not in this build
+    const char* (*obstacle)();   // "" when it can run
+};
+
+const char* none() { return ""; }
+
+#if defined(SEPTET_X86)
+// libgcc asks cpuid, and xgetbv whether the system saves the wide registers.
+const char* avx2_obstacle() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor lacks AVX2 or FMA"; }
+
+const char* avx512_obstacle() {
+    if (*avx2_obstacle()) return avx2_obstacle();
+    const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512dq");
+    return supported ? "" : "this processor lacks AVX-512 F, BW, VL or DQ";
+}
+
+const char* avx512vbmi_obstacle() {
+    if (*avx512_obstacle()) return avx512_obstacle();
+    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") ? "" : "this processor lacks AVX-512 VBMI or VNNI";
+}
+
+const Candidate candidates[] = {
+    {"scalar", &kScalarKernels, none},
+    {"avx2", &kAvx2Kernels, avx2_obstacle},
+    {"avx512", &kAvx512Kernels, avx512_obstacle},
+    {"avx512vbmi", &kAvx512VbmiKernels, avx512vbmi_obstacle},
+};
+#else
+const char* other_machine() { return "this build is not for x86-64"; }
+
+const Candidate candidates[] = {
+    {"scalar", &kScalarKernels, none},
+    {"avx2", nullptr, other_machine},
+    {"avx512", nullptr, other_machine},
+    {"avx512vbmi", nullptr, other_machine},
+};
+#endif
+constexpr int kCandidates = sizeof candidates / sizeof candidates[0];
+
+struct Choice { const KernelTable* kernels; int error; };
+
+Choice choose_by_name(const char* name) {
+    for (const Candidate& candidate : candidates)
+        if (std::strcmp(candidate.name, name) == 0) {
+            if (*candidate.obstacle()) return {nullptr, SEPTET_ERROR_CPU_UNSUPPORTED};
+            return {candidate.kernels, SEPTET_OK};
+        }
+    return {nullptr, SEPTET_ERROR_CPU_UNKNOWN};
+}
+
+Choice choose() {
+    const char* forced = std::getenv("SEPTET_CPU");
+    if (forced != nullptr && *forced != 0) return choose_by_name(forced);
+    Choice best{nullptr, SEPTET_ERROR_CPU_UNSUPPORTED};
+    for (const Candidate& candidate : candidates)
+        if (!*candidate.obstacle()) best = {candidate.kernels, SEPTET_OK};
+    return best;
+}
+
+std::atomic<const KernelTable*> set_by_caller{nullptr};
+
+}  // namespace
+
+const KernelTable* active_kernels(int* error) {
+    *error = SEPTET_OK;
+    if (const KernelTable* kernels = set_by_caller.load(std::memory_order_acquire)) return kernels;
+    static const Choice choice = choose();
+    *error = choice.error;
+    return choice.kernels;
+}
+
+}  // namespace septet
+
+extern "C" {
+
+const char* septet_instruction_set_name(int index) {
+    return index >= 0 && index < septet::kCandidates ? septet::candidates[index].name : nullptr;
+}
+
+const char* septet_instruction_set_obstacle(int index) {
+    return index >= 0 && index < septet::kCandidates ? septet::candidates[index].obstacle() : nullptr;
+}
+
+int septet_instruction_set(const char** name) {
+    if (name == nullptr) return SEPTET_ERROR_NULL;
+    int error;
+    const septet::KernelTable* kernels = septet::active_kernels(&error);
+    if (kernels != nullptr) *name = kernels->name;
+    return error;
+}
+
+int septet_set_instruction_set(const char* name) {
+    const septet::Choice choice = name == nullptr ? septet::Choice{nullptr, SEPTET_OK} : septet::choose_by_name(name);
+    if (choice.error == SEPTET_OK) septet::set_by_caller.store(choice.kernels, std::memory_order_release);
+    return choice.error;
+}
+
+const char* septet_error_message(int error) {
+    static const char* const messages[] = {
+        "no error",
+        "a pointer is NULL",
+        "a size is out of range or contradicts another",
+        "the bits per pair are not 6, 7 or 8 (split: 7)",
+        "a rotation block is not a power of two that divides its axis",
+        "a group is not a positive multiple of 4, or differs from the activation segment",
+        "unknown code or kind of activations",
+        "a symbol or an encoder input is out of range",
+        "a number of threads is not positive",
+        "no instruction set has this name",
+        "this machine lacks the instruction set",
+        "out of memory",
+    };
+    const int count = sizeof messages / sizeof messages[0];
+    return error >= 0 && error < count ? messages[error] : "unknown error number";
+}
+
+}  // extern "C"

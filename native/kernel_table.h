@@ -1,0 +1,71 @@
+// What differs between instruction sets: one table of functions per set. Everything else is written once, in products.cpp and pipeline.cpp.
+//
+// A decoded tile is 256 bytes [64 outputs][4 inputs]: the fields of the split code as they are, the levels of the trellis code plus the table's level_bias.
+// Products add to int32 sums with wrap-around, so a caller that starts them at -level_bias * sum(x) gets the exact product.
+// Each set lives in a file of its own, compiled with its own flags; such a file must not share inline functions with others (anonymous namespaces only).
+#pragma once
+#include <cstdint>
+
+namespace septet {
+
+struct ViterbiKernel;
+
+constexpr int kTileOutputs = 64, kTileInputs = 4, kTilePairs = 128, kTileWeights = 256;
+constexpr int tile_bytes(int bits) { return kTilePairs / 8 * bits; }
+
+// How the stream of a tile becomes fields or levels.
+enum Decoding { kSplit7, kTrellis6, kTrellis7, kTrellis8, kDecodings };
+
+// Activations: `count` rows, `stride` elements apart.
+struct Rows { const int8_t* data; int64_t stride; int64_t count; };
+struct FloatRows { const float* data; int64_t stride; int64_t count; };
+
+// One group of the split code at 64 outputs; offset[0] == nullptr: symmetric. Index 0 is even inputs, 1 odd ones.
+struct SplitGroup { const float* scale[2]; const float* offset[2]; };
+
+using DecodeTiles = void (*)(const uint8_t* packed, int64_t tiles, uint8_t* decoded);
+// sums [x.count][64] += decoded tiles @ x.
+using PackedProduct = void (*)(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums);
+
+struct KernelTable {
+    const char* name;
+    int level_bias;        // 0: decoded levels are int8; 128: they are uint8, level + 128
+    int64_t fused_rows;    // most rows packed_product takes; 0: there is none
+
+    DecodeTiles decode[kDecodings];
+    PackedProduct packed_product[kDecodings];
+    // sums [x.count][64] += decoded @ x, any number of rows.
+    void (*decoded_product)(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums);
+    // sums [x.count][rows] = weight [rows][features] @ x.
+    void (*row_product)(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums);
+
+    // values [4*tiles][64] = float32(uint8(decoded + shift) - zero[input & 1]).
+    void (*widen)(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* zero, float* values);
+    // values = values * scale + offset, in place.
+    void (*rescale)(float* values, int64_t tiles, const SplitGroup& group);
+    // sums [x.count][64] += values [inputs][64] @ x, in any order of inputs that does not depend on x.count.
+    void (*float_product)(const float* values, int64_t inputs, FloatRows x, float* sums);
+    // sums [x.count][rows] = weight @ x.
+    void (*float_row_product)(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums);
+
+    void (*multiply)(const float* a, const float* b, int64_t count, float* out);
+    void (*hadamard)(float* x, int64_t count, int64_t block);
+    float (*quantize)(const float* x, int64_t count, int8_t* q);  // returns the scale
+    void (*pair_sums)(const int8_t* x, int64_t count, int32_t* sums);  // sums of even and odd positions; count is even
+    // y[64] = y + scale * float32(sums).
+    void (*add_segment)(const int32_t* sums, float scale, float* y);
+    // One group of the split product at 64 outputs; sums: [2][64] over even and odd inputs, x_sums: XE and XO.
+    void (*add_split)(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y);
+
+    const ViterbiKernel* viterbi;
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(SEPTET_X86)
+extern const KernelTable kAvx2Kernels, kAvx512Kernels, kAvx512VbmiKernels;
+#endif
+
+// The table in use, or nullptr and an error number (septet.h) when SEPTET_CPU cannot be obeyed. In dispatch.cpp.
+const KernelTable* active_kernels(int* error);
+
+}  // namespace septet

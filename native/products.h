@@ -1,0 +1,36 @@
+// Products of activations with packed tiles and with rows of int8, for one layer; the same loops for every instruction set.
+#pragma once
+#include <cstdint>
+
+#include "checks.h"
+#include "kernel_table.h"
+
+namespace septet {
+
+// A packed matrix and how to read it.
+struct Matrix {
+    const uint8_t* packed;
+    int64_t rows, columns;
+    Decoding decoding;
+
+    Matrix(const septet_tiles& tiles, bool split)
+        : packed(tiles.packed), rows(tiles.rows), columns(tiles.columns), decoding(split ? kSplit7 : static_cast<Decoding>(kTrellis6 + tiles.bits - 6)) {}
+    int bits() const { return decoding == kSplit7 ? 7 : 6 + decoding - kTrellis6; }
+    int64_t inputs() const { return columns * kTileInputs; }
+    int64_t outputs() const { return rows * kTileOutputs; }
+    const uint8_t* tile(int64_t row, int64_t column) const { return packed + (row * columns + column) * tile_bytes(bits()); }
+};
+
+// Results are float32 [tokens, w.outputs()] (int8: [tokens, rows]); every element is written.
+void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads);
+void trellis_sums(const KernelTable& kernels, const Matrix& w, const int8_t* values, int64_t tokens, int32_t* sums, int threads);
+void split_product(const KernelTable& kernels, const Matrix& w, const septet_split_scales& scales, const septet_activations& x, float* y, int threads);
+// scales nullptr: trellis.
+void float_product(const KernelTable& kernels, const Matrix& w, const septet_split_scales* scales, FloatRows x, float* y, int threads);
+void row_product(const KernelTable& kernels, const septet_rows& w, const septet_activations& x, float* y, int threads);
+void float_row_product(const KernelTable& kernels, const septet_rows& w, FloatRows x, float* y, int threads);
+
+// As many threads as are worth waking for a product of this many weights and tokens.
+int worthwhile_threads(int threads, int64_t weights, int64_t tokens);
+
+}  // namespace septet

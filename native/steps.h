@@ -1,0 +1,112 @@
+// Float and sum steps as plain loops, for a compiler to vectorize with the flags of the file that includes this.
+//
+// These define every rounding of the int8 path, so each is written in the order that septet.h states, and the build forbids fused multiply-adds.
+// Included once per instruction set; the anonymous namespace keeps the copies apart.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+
+namespace septet {
+namespace {
+
+inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, sizeof bits); return bits; }
+inline float float_of(int32_t bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
+
+void multiply(const float* a, const float* b, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = a[i] * b[i];
+}
+
+// 1 / sqrt(block) as float32; 2^-k is exact, and sqrt(0.5) is correctly rounded here.
+float inverse_root(int64_t block) {
+    double value = 1.0;
+    for (; block >= 4; block /= 4) value /= 2;
+    return static_cast<float>(block == 2 ? value * 0.70710678118654752440 : value);
+}
+
+// Stages h, 2h .. block/2 and the final multiplication.
+void hadamard_from(float* x, int64_t count, int64_t block, int64_t h) {
+    for (; h < block; h *= 2)
+        for (int64_t start = 0; start < count; start += 2 * h) {
+            float* low = x + start;
+            float* high = low + h;
+            for (int64_t i = 0; i < h; i++) {
+                const float a = low[i], b = high[i];
+                low[i] = a + b;
+                high[i] = a - b;
+            }
+        }
+    const float factor = inverse_root(block);
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+float quantize(const float* x, int64_t count, int8_t* q) {
+    constexpr int32_t infinity = 0x7F800000;
+    int32_t largest = 0;  // bit patterns of absolute values order like the values, NaN and infinity on top
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest == 0 || largest >= infinity) {
+        for (int64_t i = 0; i < count; i++) q[i] = 0;
+        return largest == 0 ? 0.0f : float_of(0x7FC00000);
+    }
+    const float absmax = float_of(largest), inverse = 127.0f / absmax;
+    constexpr float round_at = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
+    for (int64_t i = 0; i < count; i++) {
+        float r = x[i] * inverse;
+        r = r < 127.0f ? r : 127.0f;
+        r = r > -127.0f ? r : -127.0f;
+        r = x[i] == 0.0f ? 0.0f : r;  // 0 * inverse is NaN when absmax is so small that inverse is infinite
+        q[i] = static_cast<int8_t>(bits_of(r + round_at) - bits_of(round_at));
+    }
+    return absmax / 127.0f;
+}
+
+void pair_sums(const int8_t* x, int64_t count, int32_t* sums) {
+    int32_t even = 0, odd = 0;
+    for (int64_t i = 0; i < count; i += 2) {
+        even += x[i];
+        odd += x[i + 1];
+    }
+    sums[0] = even;
+    sums[1] = odd;
+}
+
+void add_segment(const int32_t* sums, float scale, float* y) {
+    for (int o = 0; o < kTileOutputs; o++) y[o] = y[o] + scale * static_cast<float>(sums[o]);
+}
+
+void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y) {
+    const int32_t* even = sums;
+    const int32_t* odd = sums + kTileOutputs;
+    if (group.offset[0] == nullptr) {
+        const int32_t even_zero = 8 * x_sums[0], odd_zero = 4 * x_sums[1];
+        for (int o = 0; o < kTileOutputs; o++) {
+            float t = group.scale[0][o] * static_cast<float>(even[o] - even_zero);
+            t = t + group.scale[1][o] * static_cast<float>(odd[o] - odd_zero);
+            y[o] = y[o] + scale * t;
+        }
+        return;
+    }
+    const float even_sum = static_cast<float>(x_sums[0]), odd_sum = static_cast<float>(x_sums[1]);
+    for (int o = 0; o < kTileOutputs; o++) {
+        float t = group.scale[0][o] * static_cast<float>(even[o]);
+        t = t + group.scale[1][o] * static_cast<float>(odd[o]);
+        t = t + group.offset[0][o] * even_sum;
+        t = t + group.offset[1][o] * odd_sum;
+        y[o] = y[o] + scale * t;
+    }
+}
+
+void rescale(float* values, int64_t tiles, const SplitGroup& group) {
+    for (int64_t input = 0; input < tiles * kTileInputs; input++, values += kTileOutputs) {
+        const float* scale = group.scale[input & 1];
+        const float* offset = group.offset[input & 1];
+        for (int o = 0; o < kTileOutputs; o++) values[o] = offset == nullptr ? values[o] * scale[o] : values[o] * scale[o] + offset[o];
+    }
+}
+
+}  // namespace
+}  // namespace septet

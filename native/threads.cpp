@@ -1,0 +1,140 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include "septet.h"
+
+namespace septet {
+namespace {
+
+constexpr int kPartsPerThread = 4;  // so that a thread that starts late or is held up leaves its share to the others
+
+struct Job {
+    RangeBody body;
+    const void* context;
+    int64_t count, parts;
+    std::atomic<int64_t> next{0};
+
+    void work() {
+        for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;)
+            body(context, count * part / parts, count * (part + 1) / parts);
+    }
+};
+
+class Pool {
+public:
+    void run(int threads, Job& job) {
+        std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
+        if (!caller.owns_lock()) return job.work();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            start_workers(threads - 1);
+            job_ = &job;
+            tickets_ = std::min(threads - 1, workers_);
+        }
+        wake_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        tickets_ = 0;  // workers that have not woken up yet stay out of this job
+        done_.wait(lock, [this] { return active_ == 0; });
+    }
+
+private:
+    // Fewer workers than wanted when the system gives no more.
+    void start_workers(int wanted) {
+        try {
+            for (; workers_ < wanted; workers_++) std::thread([this] { serve(); }).detach();
+        } catch (const std::system_error&) {
+        }
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return tickets_ > 0; });
+            tickets_--;
+            active_++;
+            Job* job = job_;
+            lock.unlock();
+            job->work();
+            lock.lock();
+            if (--active_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex caller_, mutex_;
+    std::condition_variable wake_, done_;
+    Job* job_ = nullptr;
+    int workers_ = 0, tickets_ = 0, active_ = 0;
+};
+
+// Never destroyed: workers may be asleep in it when the process ends. A forked child has no workers, so it gets a pool of its own.
+std::atomic<Pool*> shared_pool{nullptr};
+
+Pool& pool() {
+    static const bool registered = [] {
+#if !defined(_WIN32)
+        pthread_atfork(nullptr, nullptr, [] { shared_pool.store(nullptr); });
+#endif
+        return true;
+    }();
+    static_cast<void>(registered);
+    Pool* current = shared_pool.load();
+    if (current == nullptr) {
+        Pool* fresh = new Pool;
+        if (shared_pool.compare_exchange_strong(current, fresh)) return *fresh;
+        delete fresh;
+    }
+    return *current;
+}
+
+// The number at the start of a variable; 0 when unset, -1 when it is not a positive number. OpenMP allows a list: "4,2".
+int number_from(const char* variable, bool list) {
+    const char* text = std::getenv(variable);
+    if (text == nullptr || *text == 0) return 0;
+    char* end = nullptr;
+    errno = 0;
+    const long value = std::strtol(text, &end, 10);
+    if (end == text || (*end != 0 && !(list && *end == ',')) || errno != 0 || value < 1) return -1;
+    return static_cast<int>(std::min<long>(value, kMaxThreads));
+}
+
+}  // namespace
+
+void run_ranges(int threads, int64_t count, RangeBody body, const void* context) {
+    if (count <= 0) return;
+    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    if (threads <= 1) return body(context, 0, count);
+    Job job{body, context, count, std::min<int64_t>(count, static_cast<int64_t>(threads) * kPartsPerThread)};
+    pool().run(threads, job);
+}
+
+int resolve_threads(int requested, int* threads) {
+    if (requested < 0) return SEPTET_ERROR_THREADS;
+    if (requested == 0) return septet_default_threads(threads);
+    *threads = std::min(requested, kMaxThreads);
+    return SEPTET_OK;
+}
+
+}  // namespace septet
+
+extern "C" int septet_default_threads(int* threads) {
+    using namespace septet;
+    if (threads == nullptr) return SEPTET_ERROR_NULL;
+    const int own = number_from("SEPTET_THREADS", false);
+    if (own < 0) return SEPTET_ERROR_THREADS;
+    const int openmp = number_from("OMP_NUM_THREADS", true);
+    const int processors = std::max(1, std::min<int>(static_cast<int>(std::thread::hardware_concurrency()), kMaxThreads));
+    *threads = own > 0 ? own : openmp > 0 ? openmp : processors;
+    return SEPTET_OK;
+}

@@ -1,0 +1,24 @@
+// A small pool of threads for loops over independent parts.
+//
+// Which part a thread takes is left to chance, where the parts begin is not, and no part depends on another: results are the same for any number of
+// threads. Idle workers sleep. A second caller, while the pool is busy, works alone instead of waiting.
+#pragma once
+#include <cstdint>
+
+namespace septet {
+
+constexpr int kMaxThreads = 1024;
+
+// requested 0: the default (septet_default_threads); returns an error number of septet.h.
+int resolve_threads(int requested, int* threads);
+
+using RangeBody = void (*)(const void* context, int64_t first, int64_t last);
+void run_ranges(int threads, int64_t count, RangeBody body, const void* context);
+
+// Calls body(first, last) for ranges that cover 0 .. count - 1. The body must not throw.
+template <class Body>
+void parallel_for(int threads, int64_t count, const Body& body) {
+    run_ranges(threads, count, [](const void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); }, &body);
+}
+
+}  // namespace septet
