@@ -1,0 +1,175 @@
+"""The work inside OUT.partial: do every job that is not done, then write config.json, the companions and the hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
+from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
+from septet.checkpoint.jobs import Job, PlannedLayer, list_jobs, quantize_job
+from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
+from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
+from septet.checkpoint.tensor_file import open_tensor_file
+from septet.checkpoint.workspace import Workspace
+
+__all__ = ["Progress", "Run", "fill"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something happened.
+
+    Args:
+        stage: "convert", "check" (jobs of an earlier run), "quantize", "copy" or "finish".
+        name: the layer, tensor or file it is about.
+        done_bytes: how much of the source has been worked off.
+        total_bytes: of the source; 0 while unknown.
+        relative_error: the largest one of the layers just quantized, otherwise None.
+    """
+
+    stage: str
+    name: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during a run.
+
+    Args:
+        workspace: OUT.partial.
+        source: the unquantized model.
+        options: of the run.
+        threads: 0 is the default number.
+        progress: called with every Progress.
+    """
+
+    workspace: Workspace
+    source: ModelDirectory
+    options: QuantizeOptions
+    threads: int
+    progress: Callable[[Progress], None]
+
+
+#: Tensor key -> shard and first byte in it.
+_Places = dict[str, tuple[str, int]]
+
+
+def fill(run: Run, groups: list[list[PlannedLayer]], made_from: dict) -> None:
+    """Make all files of the checkpoint.
+
+    Args:
+        run: where and how.
+        groups: layers to quantize; those of one group share their inputs.
+        made_from: goes into septet.json.
+    """
+    jobs = list_jobs(run.source, groups, run.options)
+    shards = plan_shards([tensor for job in jobs for tensor in job.writes], run.options.max_shard_bytes)
+    places = {key: (shard.name, offset) for shard in shards for key, offset in shard.offsets.items()}
+    run.workspace.reserve(shards)
+    _forget_damaged(run, jobs, shards)
+    total, done = sum(job.source_bytes for job in jobs), 0
+    for job in jobs:
+        stage = "quantize" if job.layers else "copy"
+        run.progress(Progress(stage, job.name, done, total))
+        if job.name not in run.workspace.records:
+            (_quantize if job.layers else _copy)(run, job, places)
+        done += job.source_bytes
+        entries = run.workspace.records[job.name]["layers"].values()
+        run.progress(Progress(stage, job.name, done, total, max((entry["relative_error"] for entry in entries), default=None)))
+    _write_beside(run, jobs, shards)
+    _write_hashes(run, shards, made_from)
+
+
+def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
+    """Drop the record of every job whose tensors are not what was recorded."""
+    files = {shard.name: open_tensor_file(run.workspace.path / shard.name) for shard in shards} if run.workspace.records else {}
+    owners = {key: files[shard.name] for shard in shards for key in shard.offsets if files}
+    for job in jobs:
+        record = run.workspace.records.get(job.name)
+        if record is None:
+            continue
+        run.progress(Progress("check", job.name))
+        for tensor in job.writes:
+            if _crc32_of_pieces(owners[tensor.key].pieces(tensor.key)) != record["crc32"].get(tensor.key):
+                del run.workspace.records[job.name]
+                break
+
+
+def _crc32_of_pieces(pieces: Iterator[np.ndarray]) -> str:
+    checksum = "00000000"
+    for piece in pieces:
+        checksum = crc32_text(piece, checksum)
+    return checksum
+
+
+def _quantize(run: Run, job: Job, places: _Places) -> None:
+    """Quantize a group of layers, write their tensors, record them."""
+    checksums: dict[str, str] = {}
+    layers: dict[str, dict] = {}
+    for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads)):
+        entry = quantized.config() | {"role": layer.role}
+        layers[layer.name] = entry | ({"tied": list(layer.tied)} if layer.tied else {})
+        for part, array in quantized.tensors().items():
+            key = f"{layer.name}.{part}"
+            checksums[key] = crc32_text(array)
+            shard, offset = places[key]
+            run.workspace.write(shard, [(offset, array)])
+    run.workspace.record(job.name, crc32=checksums, layers=layers)
+
+
+def _copy(run: Run, job: Job, places: _Places) -> None:
+    """Copy one tensor, piece by piece, and record it."""
+    key = job.writes[0].key
+    shard, offset = places[key]
+    checksum = "00000000"
+
+    def pieces() -> Iterator[tuple[int, np.ndarray]]:
+        nonlocal checksum
+        position = offset
+        for piece in run.source.file_of(key).pieces(key):
+            checksum = crc32_text(piece, checksum)
+            yield position, piece
+            position += len(piece)
+
+    run.workspace.write(shard, pieces())
+    run.workspace.record(job.name, crc32={key: checksum}, layers={})
+
+
+def _write_beside(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
+    """Write config.json, the index and the companions."""
+    records = [run.workspace.records[job.name] for job in jobs]
+    entry = run.options.config_entry()
+    entry["layers"] = {name: layer for record in records for name, layer in record["layers"].items()}
+    entry["crc32"] = {key: value for record in records for key, value in record["crc32"].items()}
+    for name in companion_files(run.source.path):
+        run.workspace.write_file(name, (run.source.path / name).read_bytes())
+    if len(shards) > 1:
+        run.workspace.write_file(INDEX_NAME, _json_bytes(index_of(shards)))
+    run.workspace.write_file(CONFIG_NAME, _json_bytes(run.source.config | {"quantization_config": entry}))
+
+
+def _write_hashes(run: Run, shards: list[Shard], made_from: dict) -> None:
+    """Write septet.json, the last file."""
+    path = run.workspace.path
+    run.progress(Progress("finish", HASHES_NAME))
+    names = {CONFIG_NAME, *companion_files(run.source.path), *(shard.name for shard in shards)} | (
+        {INDEX_NAME} if len(shards) > 1 else set()
+    )
+    hashes = {
+        "format_version": FORMAT_VERSION,
+        **made_from,
+        "headers": {shard.name: open_tensor_file(path / shard.name).header_sha256 for shard in shards},
+        "files": {name: sha256_of_file(path / name) for name in sorted(names)},
+    }
+    run.workspace.write_file(HASHES_NAME, _json_bytes(hashes))
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,128 @@
+"""The work list of a checkpoint: groups of layers to quantize together, then tensors to copy, each with the tensors it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from septet.checkpoint.directory import ModelDirectory
+from septet.checkpoint.layout import OutputTensor
+from septet.checkpoint.options import QuantizeOptions
+from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
+from septet.errors import CheckpointError
+from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
+from septet.quantize.stored import stored_arrays
+
+__all__ = ["Job", "PlannedLayer", "list_jobs", "quantize_job"]
+
+_STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer to quantize.
+
+    Args:
+        name: module name; its weight is `<name>.weight` in the source.
+        shape: (out_features, in_features) as the model's config wants it.
+        code: "trellis", "split" or "int8".
+        bits_per_pair: 6, 7, 8, or 16 for int8.
+        role: "linear" or "head".
+        tied: modules that use the same matrix.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    code: str
+    bits_per_pair: int
+    role: str = "linear"
+    tied: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The weight's key, in the source and in the result."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done and recorded at once.
+
+    Args:
+        name: unique in the run.
+        layers: a fused group to quantize; empty for a copy.
+        writes: the tensors it makes.
+        source_bytes: how much it reads, for the progress display.
+    """
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+    writes: tuple[OutputTensor, ...]
+    source_bytes: int
+
+
+def list_jobs(source: ModelDirectory, groups: list[list[PlannedLayer]], options: QuantizeOptions) -> list[Job]:
+    """All jobs in the order of the plan, copies last.
+
+    Args:
+        source: the model to quantize.
+        groups: layers to quantize; those of one group share their inputs.
+        options: of the run.
+
+    Raises:
+        CheckpointError: the source lacks a layer, or has it in another shape or in a dtype that cannot be quantized.
+    """
+    jobs, taken = [], set()
+    for group in groups:
+        for layer in group:
+            _check_layer(source, layer)
+            taken |= {layer.key, *(f"{name}.weight" for name in layer.tied)}
+        writes = tuple(tensor for layer in group for tensor in _outputs(layer, options))
+        size = sum(source.entry(layer.key).size_bytes for layer in group)
+        jobs.append(Job(group[0].name, tuple(group), writes, size))
+    for key in source.owners:
+        if key not in taken:
+            entry = source.entry(key)
+            jobs.append(Job(f"copy {key}", (), (OutputTensor(key, entry.dtype, entry.shape),), entry.size_bytes))
+    return jobs
+
+
+def _check_layer(source: ModelDirectory, layer: PlannedLayer) -> None:
+    if layer.key not in source.owners:
+        hint = "the checkpoint is incomplete, or its config.json belongs to another model"
+        raise CheckpointError(f"the checkpoint must hold {layer.key}", f"{len(source.owners)} other tensors", hint)
+    entry = source.entry(layer.key)
+    if entry.shape != layer.shape:
+        hint = "config.json and the weights do not belong together; fetch both again"
+        raise CheckpointError(f"{layer.key} must have the shape {list(layer.shape)} that config.json asks for", list(entry.shape), hint)
+    if entry.dtype not in FLOAT_DTYPES:
+        hint = "start from the unquantized model"
+        raise CheckpointError(f"{layer.key} must have one of the dtypes {', '.join(FLOAT_DTYPES)}", entry.dtype, hint)
+
+
+def _outputs(layer: PlannedLayer, options: QuantizeOptions) -> list[OutputTensor]:
+    """The tensors a layer is stored as."""
+    entry = {
+        "code": layer.code,
+        "bits_per_pair": layer.bits_per_pair,
+        "out_features": layer.shape[0],
+        "in_features": layer.shape[1],
+        "symmetric": options.symmetric,
+        "scale_rows": 1 if options.granularity == "tensor" else layer.shape[0],
+        "group_size": options.group_size if options.granularity == "group" else None,
+    }
+    arrays = stored_arrays(entry, layer.name)
+    return [OutputTensor(f"{layer.name}.{part}", _STORED_DTYPES[dtype.name], shape) for part, (dtype, shape) in arrays.items()]
+
+
+def quantize_job(source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int) -> list[QuantizedTensor]:
+    """Quantize the layers of a job."""
+    matrices = [StoredMatrix(source.file_of(layer.key), layer.key) for layer in job.layers]
+    names = [layer.name for layer in job.layers]
+    code = job.layers[0].code
+    if code == "int8":
+        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
+    if code == "split":
+        chosen = options.symmetric, options.granularity, options.group_size, options.range_method
+        return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
+    weights = [matrix[:] for matrix in matrices]
+    return quantize_trellis(weights, names, job.layers[0].bits_per_pair, options.rotation_block, options.seed, threads)

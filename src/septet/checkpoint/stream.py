@@ -1,0 +1,129 @@
+"""Quantize a whole checkpoint, one group of layers at a time, in memory bounded by the largest group.
+
+Everything happens in OUT.partial (see `workspace`); OUT appears complete or not at all. The bytes depend on the source, the
+options and the version of septet alone: not on threads, the clock, or on how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from septet import __version__
+from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
+from septet.checkpoint.filling import Progress, Run, fill
+from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
+from septet.checkpoint.jobs import PlannedLayer
+from septet.checkpoint.options import QuantizeOptions
+from septet.checkpoint.workspace import Workspace, writing
+from septet.errors import CheckpointError, UnsupportedModelError
+
+__all__ = ["Hooks", "Progress", "quantize_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller brings along.
+
+    Args:
+        plan: (source directory, options) -> groups of layers to quantize.
+        progress: called with every Progress.
+        convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
+    """
+
+    plan: Callable[[ModelDirectory, QuantizeOptions], list[list[PlannedLayer]]]
+    progress: Callable[[Progress], None] = lambda event: None
+    convert_gguf: Callable[[Path, Path], None] | None = None
+
+
+def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks: Hooks, resume: bool = False, threads: int = 0) -> bool:
+    """Quantize a Hugging Face directory or a .gguf file into a new directory.
+
+    Args:
+        source: directory with config.json and safetensors shards, or a .gguf file.
+        out: must not exist, unless `resume`.
+        options: what to make.
+        hooks: how layers are found, who hears of progress, who reads .gguf.
+        resume: go on with an interrupted run; a finished one is left as it is.
+        threads: 0 is the default number; the result does not depend on it.
+
+    Returns:
+        False when there was nothing left to do.
+
+    Raises:
+        CheckpointError: the source is damaged, or OUT cannot be written. What has been done stays in OUT.partial.
+        CodeRangeError: a weight is not finite or too large.
+        UnsupportedModelError: the source is quantized already.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists():
+        return _check_existing(out, options, resume)
+    made_from = {"septet_version": __version__, "options": options.as_json(), "source": _identify(source)}
+    workspace = Workspace(out, made_from | {"changed": _change_times(source)}, resume)
+    try:
+        if workspace.was_complete(made_from):
+            workspace.finish()
+            return True
+        directory = _source_directory(source, workspace, hooks)
+        fill(Run(workspace, directory, options, threads, hooks.progress), hooks.plan(directory, options), made_from)
+        workspace.finish()
+    finally:
+        workspace.close()
+    hooks.progress(Progress("finish", out.name))
+    return True
+
+
+def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:
+    """OUT exists: fine when resuming a run that has finished with the same options."""
+    if not resume:
+        raise CheckpointError(f"{out} must not exist", "something there", "choose another place, delete it, or use --resume")
+    if not (out / HASHES_NAME).is_file():
+        raise CheckpointError(f"{out} must be a checkpoint that septet made", f"no {HASHES_NAME} in it", "choose another place")
+    made = read_json(out / HASHES_NAME).get("options")
+    wanted = options.as_json()
+    if made != wanted:
+        differing = sorted(key for key in wanted if not isinstance(made, dict) or made.get(key) != wanted[key])
+        raise CheckpointError(f"{out} must have been made with the same options", f"other {', '.join(differing)}", "choose another place")
+    return False
+
+
+def _identify(source: Path) -> dict[str, object]:
+    """What tells one source from another: hashes, no paths or dates."""
+    if source.suffix == ".gguf":
+        if not source.is_file():
+            raise CheckpointError(f"{source} must be a file", "nothing there", "check the path")
+        return {"kind": "gguf", "name": source.name, "sha256": sha256_of_file(source)}
+    directory = open_directory(source)
+    headers = {name: file.header_sha256 for name, file in directory.files.items()}
+    return {"kind": "huggingface", "config": sha256_of_file(source / CONFIG_NAME), "headers": headers}
+
+
+def _change_times(source: Path) -> dict[str, int]:
+    """When the weights were last written: for the journal only, so that a run is not continued with other weights."""
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def _source_directory(source: Path, workspace: Workspace, hooks: Hooks) -> ModelDirectory:
+    """The source as a Hugging Face directory; a .gguf file is converted into one inside the workspace."""
+    if source.suffix == ".gguf":
+        converted = workspace.scratch
+        if not converted.exists():
+            if hooks.convert_gguf is None:
+                raise UnsupportedModelError("a .gguf source must come with a converter", "none", "install septet[gguf]")
+            hooks.progress(Progress("convert", source.name))
+            unfinished = converted.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with writing(unfinished):
+                hooks.convert_gguf(source, unfinished)
+                unfinished.rename(converted)
+        source = converted
+    directory = open_directory(source)
+    quantized = directory.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedModelError("the source must be unquantized", f"weights quantized with {method}", "start from the original model")
+    return directory

@@ -1,0 +1,179 @@
+"""OUT.partial: a checkpoint in the making, and the journal that makes it safe to interrupt.
+
+    OUT.partial/journal.jsonl    line 1: what is being made; then one line per finished job, written after its data is on disk
+    OUT.partial/*.safetensors    full size from the start, so that a full disk shows at once; filled job by job
+    OUT                          appears by one rename when everything is done and the journal is gone
+
+After a crash a torn last line is dropped, and finished jobs are believed only if their bytes still have the recorded CRC.
+A lock on the journal keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from septet.checkpoint.directory import read_json
+from septet.checkpoint.integrity import HASHES_NAME
+from septet.checkpoint.layout import Shard
+from septet.errors import CheckpointError
+
+__all__ = ["Workspace", "writing"]
+
+_JOURNAL_NAME = "journal.jsonl"
+_SCRATCH_NAME = "source"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a message that says what to do; what has been written stays."""
+    try:
+        yield
+    except OSError as error:
+        hint = (
+            "make room and run the same command with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a writable place"
+        )
+        raise CheckpointError(f"{path} must be writable", error.strerror or error, hint) from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Workspace:
+    """The folder OUT.partial, held by one process.
+
+    Args:
+        out: where the checkpoint will appear.
+        identity: what is being made, JSON values; a journal with another identity is not continued.
+        resume: go on with what is there.
+
+    Raises:
+        CheckpointError: OUT.partial is in the way, belongs to something else, or cannot be written.
+    """
+
+    def __init__(self, out: Path, identity: dict, resume: bool) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        #: A folder for a converted source; it does not become part of OUT.
+        self.scratch = self.path / _SCRATCH_NAME
+        self._journal_path = self.path / _JOURNAL_NAME
+        #: Job name -> its record, of jobs that an earlier run has finished.
+        self.records: dict[str, dict] = {}
+        with writing(self.path):
+            if self.path.exists() and not resume:
+                raise CheckpointError(f"{self.path} must not exist", "an unfinished run", "go on with --resume, or delete it")
+            self.path.mkdir(parents=True, exist_ok=True)
+            journaled, hashed = self._journal_path.exists(), (self.path / HASHES_NAME).exists()
+            self._only_rename_missing = hashed and not journaled
+            if not journaled and not hashed and any(self.path.iterdir()):
+                raise CheckpointError(f"{self.path} must come from an unfinished run", "other files", "move them away")
+            self._journal = open(self._journal_path, "a+b")
+            self._lock()
+            self._read_journal(identity)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.path} must be used by one run at a time", "another one at work", "wait for it") from None
+
+    def _read_journal(self, identity: dict) -> None:
+        self._journal.seek(0)
+        content = self._journal.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._journal.truncate(len(whole))
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            self._append(identity)
+        else:
+            self._compare(lines[0], identity)
+        self.records = {line["job"]: line for line in lines[1:]}
+
+    def _append(self, record: dict) -> None:
+        self._journal.write(json.dumps(record).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def reserve(self, shards: list[Shard]) -> None:
+        """Create the shards at their full size and write their headers; those of an earlier run keep their data."""
+        for shard in shards:
+            with writing(self.path / shard.name):
+                descriptor = os.open(self.path / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    os.truncate(descriptor, shard.size_bytes)
+                    os.posix_fallocate(descriptor, 0, shard.size_bytes)
+                    os.pwrite(descriptor, shard.head, 0)
+                finally:
+                    os.close(descriptor)
+
+    def write(self, name: str, pieces: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Write pieces (first byte, data) into a shard, and wait until they are on disk."""
+        with writing(self.path / name), open(self.path / name, "r+b") as file:
+            for offset, data in pieces:
+                file.seek(offset)
+                file.write(memoryview(data).cast("B"))
+            file.flush()
+            os.fdatasync(file.fileno())
+
+    def record(self, job: str, **details: object) -> None:
+        """Note that all data of a job has been written."""
+        with writing(self._journal_path):
+            self.records[job] = {"job": job, **details}
+            self._append(self.records[job])
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        with writing(self.path / name):
+            (self.path / name).parent.mkdir(exist_ok=True)
+            with open(self.path / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def was_complete(self, made_from: dict) -> bool:
+        """Whether an earlier run with the same source and options was cut off just before the rename.
+
+        Raises:
+            CheckpointError: it was, but with another source or other options.
+        """
+        if not self._only_rename_missing:
+            return False
+        hashes = read_json(self.path / HASHES_NAME)
+        self._compare({key: hashes.get(key) for key in made_from}, made_from)
+        return True
+
+    def _compare(self, earlier: dict, now: dict) -> None:
+        differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))
+        if differing:
+            requirement = f"{self.path} must have been started with the same source and options"
+            raise CheckpointError(requirement, f"other {', '.join(differing)}", "repeat the earlier command, or delete it")
+
+    def finish(self) -> None:
+        """Remove the journal and rename OUT.partial to OUT. septet.json must have been written, as the last file."""
+        with writing(self.out):
+            if self.scratch.exists():
+                shutil.rmtree(self.scratch)
+            _sync_folder(self.path)
+            self._journal_path.unlink()
+            if self.out.exists():
+                raise CheckpointError(f"{self.out} must not exist", "something that appeared meanwhile", f"rename {self.path} by hand")
+            self.path.rename(self.out)
+            _sync_folder(self.out.parent)
+
+    def close(self) -> None:
+        """Let go of the journal and its lock."""
+        self._journal.close()
