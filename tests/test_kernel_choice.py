@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from septet import kernels
@@ -47,18 +49,13 @@ def test_no_backend_at_all_is_an_error(backends: None, monkeypatch: pytest.Monke
         kernels.select_backend()
 
 
-def test_an_impossible_instruction_set_is_not_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_instruction_set_is_not_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A backend that raises BackendUnavailableError while it loads (a wrong SEPTET_CPU) stops the choice."""
-    real = kernels._load
-
-    def load(module: str) -> object:
-        if module == "septet.kernels.picky":
-            raise BackendUnavailableError("SEPTET_CPU must name an instruction set of this machine", "neon", "use scalar")
-        return real(module)
-
+    raises = "raise BackendUnavailableError('SEPTET_CPU must name a set of this machine', 'neon', 'use scalar')"
+    (tmp_path / "picky_backend.py").write_text(f"from septet.errors import BackendUnavailableError\n\n{raises}\n")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "_load", load)
-    monkeypatch.setattr(kernels, "_BACKENDS", (("picky", "septet.kernels.picky"), ("reference", "septet.kernels.reference")))
+    monkeypatch.setattr(kernels, "_BACKENDS", (("picky", "picky_backend"), ("reference", "septet.kernels.reference")))
     with pytest.raises(BackendUnavailableError, match="SEPTET_CPU"):
         kernels.select_backend()
     assert "SEPTET_CPU" in kernels.available_backends()["picky"]

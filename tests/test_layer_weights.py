@@ -34,6 +34,8 @@ def test_segments_and_padding() -> None:
     assert (split_layer().segment, split_layer().groups) == (8, 2)
     whole = replace(split_layer(), group_size=None, scale=np.ones((1, 2), np.float16), offset=None)
     assert (whole.segment, whole.groups) == (12, 1)
+    shared = replace(split_layer(), scale=np.ones((1, 4), np.float16), offset=np.ones((1, 4), np.float16))
+    assert shared.groups == 2
     odd = replace(int8_layer(), in_features=9, input_block=1, packed=np.zeros((70, 9), np.int8), input_scale=np.ones(9, np.float16))
     assert (odd.padded_in_features, odd.padded_out_features, odd.segment) == (9, 70, 9)
 

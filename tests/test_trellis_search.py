@@ -55,9 +55,12 @@ def total_cost(symbols: np.ndarray, fixed: np.ndarray, bits: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_no_single_symbol_can_be_improved(bits: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("weights", ["Gaussian", "extreme"])
+def test_no_single_symbol_can_be_improved(bits: int, weights: str, rng: np.random.Generator) -> None:
     """Symbols 3 to 127 leave the boundary state alone, so the second pass is optimal over each of them."""
     fixed = trellis.to_fixed(rng.standard_normal((1, 256)).astype(np.float32), bits)
+    if weights == "extreme":
+        fixed = (rng.integers(900, 1021, (1, 256)) * rng.choice([-1, 1], (1, 256))).astype(np.int16)
     symbols = trellis.encode(fixed, bits)
     best = total_cost(symbols, fixed, bits)[0]
     for pair in range(3, 128):
@@ -99,6 +102,11 @@ def test_costs_stay_exact_at_the_limits() -> None:
     # Two steps reach every state, so costs spread by at most twice the range of the metric; the forbidden start comes on top.
     assert trellis_search.FORBIDDEN_COST + 4 * largest_metric < 2**24
     assert trellis_search.FORBIDDEN_COST > 4 * largest_metric
+    # The smallest cost is 0 after every step, so nothing accumulates.
+    pairs = np.full((1, 20, 2), trellis.FIXED_LIMIT)
+    metric_rows = trellis_search._metric_rows(trellis.window_levels(7))
+    cost = trellis_search._forward(pairs, metric_rows, 7, np.zeros((1, 512), np.float32))[1]
+    assert cost.min() == 0 and cost.max() < 4 * largest_metric
     for value in (1020, -1020):
         fixed = np.full((1, 256), value, np.int16)
         assert np.abs(trellis.decode(trellis.encode(fixed, 8), 8)).mean() > 90
