@@ -1,0 +1,55 @@
+"""`septet chat`: a conversation through the model's chat template; answers on stdout, the prompt sign on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from septet.cli.app import app
+from septet.cli.options import ActivationOption, ModelArgument, SeedOption, TemperatureOption, TokensOption, TopKOption, TopPOption
+from septet.cli.output import note, quiet_libraries
+
+__all__ = ["chat"]
+
+
+@app.command()
+def chat(
+    directory: ModelArgument,
+    message: Annotated[str | None, typer.Argument(help="One message to answer; without it, one per line is read from stdin.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message; default: that of the template.")] = None,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    activations: ActivationOption = None,
+) -> None:
+    """Talk to a model: each line is a message, an empty line or end of file ends the conversation."""
+    from septet import generate
+
+    quiet_libraries()
+    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    model, tokenizer = generate.load(directory, activations and activations.value)
+    conversation = [{"role": "system", "content": system}] if system else []
+    for line in [message] if message is not None else _lines():
+        conversation.append({"role": "user", "content": line})
+        prompt = generate.chat_prompt(tokenizer, conversation)
+        answer = generate.complete(model, tokenizer, prompt, sampling, on_text=lambda piece: typer.echo(piece, nl=False))
+        typer.echo()
+        conversation.append({"role": "assistant", "content": answer.text})
+
+
+def _lines():
+    """Messages from stdin; a terminal gets a prompt sign."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        note("an empty line ends the conversation")
+    while True:
+        if terminal:
+            typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "ActivationOption",
+    "Activations",
+    "JsonOption",
+    "ModelArgument",
+    "SeedOption",
+    "TemperatureOption",
+    "TokensOption",
+    "TopKOption",
+    "TopPOption",
+]
+
+
+class Activations(str, Enum):
+    """What the quantized products do with their inputs."""
+
+    int8 = "int8"
+    float = "float"
+
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory, a Hugging Face directory or a .gguf file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+ActivationOption = Annotated[Activations | None, typer.Option("--activations", help="Round inputs to int8 or not; default: what the model says.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
+TopKOption = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
+TopPOption = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this share of the probability.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]

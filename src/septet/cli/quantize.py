@@ -1,0 +1,102 @@
+"""`septet quantize`: a model in, a septet directory out."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from septet.cli.app import app
+from septet.cli.options import Activations, JsonOption
+from septet.cli.output import note, print_json, progress_bar, quiet_libraries
+from septet.errors import OptionError
+
+if TYPE_CHECKING:
+    from septet.checkpoint import QuantizeOptions
+
+__all__ = ["quantize", "quantize_with_bar"]
+
+
+class Code(str, Enum):
+    """What the bits of a pair mean."""
+
+    trellis = "trellis"
+    split = "split"
+
+
+class Head(str, Enum):
+    """What happens to the output head."""
+
+    int8 = "int8"
+    trellis = "trellis"
+    keep = "keep"
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file (dequantized first).")],
+    out: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
+    code: Annotated[Code, typer.Option(help="trellis: better; split: simpler and quicker.")] = Code.trellis,
+    bits: Annotated[float, typer.Option(help="Bits per weight: 3, 3.5 or 4 (split: 3.5).")] = 3.5,
+    calibration: Annotated[str, typer.Option(help="Text to calibrate with; only none so far.")] = "none",
+    device: Annotated[str, typer.Option(help="Where to compute; only cpu so far.")] = "cpu",
+    head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
+    activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
+    seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: SEPTET_THREADS, OMP_NUM_THREADS, or all. The result is the same.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model."""
+    if calibration != "none":
+        raise OptionError("calibration must be none", calibration, "leave it out; calibration comes with a later version")
+    if device != "cpu":
+        raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
+    from septet import checkpoint
+
+    options = checkpoint.QuantizeOptions(code=code.value, bits_per_weight=bits, head=head.value, activations=activations.value, seed=seed)
+    started = time.perf_counter()
+    worked = quantize_with_bar(source, out, options, resume, threads)
+    seconds = time.perf_counter() - started
+    totals = checkpoint.inspect(out)["totals"]
+    if as_json:
+        print_json({"out": str(out), "already_finished": not worked, "seconds": seconds, **options.as_json(), "totals": totals})
+    elif not worked:
+        note(f"{out} was finished already")
+    else:
+        size = totals["size_bytes_total"] / 1e6
+        note(f"{out}: {size:.1f} MB in {seconds:.0f} s")
+        note(f"bits per weight: {totals['effective_bits']:.4f} in the linear layers, {totals['effective_bits_total']:.4f} in all")
+
+
+def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0) -> bool:
+    """Quantize with a progress bar on stderr.
+
+    Args:
+        source: path or hub id.
+        out: the directory to make.
+        options: what to make.
+        resume: go on with an interrupted run.
+        threads: 0 is the default number.
+
+    Returns:
+        False when there was nothing left to do.
+    """
+    from septet import loading, model
+    from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
+
+    path = loading.resolve_source(source)
+    if loading.is_gguf(path):
+        quiet_libraries()
+    with progress_bar() as bar:
+        task = bar.add_task("read", total=None)
+
+        def show(event: Progress) -> None:
+            description = f"{event.stage} {event.name}"
+            bar.update(task, description=description, completed=event.done_bytes, total=event.total_bytes or None)
+
+        hooks = Hooks(plan=model.plan_layers, progress=show, convert_gguf=loading.convert_gguf)
+        return quantize_checkpoint(path, out, options, hooks, resume, threads)

@@ -1,0 +1,56 @@
+"""`septet run`: complete a raw prompt; stdout gets the completion and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from septet.cli.app import app
+from septet.cli.options import (
+    ActivationOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+)
+from septet.cli.output import print_json, quiet_libraries
+
+__all__ = ["run"]
+
+
+@app.command()
+def run(
+    directory: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The raw prompt; `septet chat` uses the chat template.")],
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    activations: ActivationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Complete a prompt."""
+    from septet import generate
+
+    quiet_libraries()
+    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    model, tokenizer = generate.load(directory, activations and activations.value)
+    if as_json:
+        completion = generate.complete(model, tokenizer, prompt, sampling)
+        print_json({
+            "prompt": prompt,
+            "completion": completion.text,
+            "prompt_tokens": completion.prompt_tokens,
+            "tokens": completion.tokens,
+            "prompt_seconds": completion.prompt_seconds,
+            "seconds": completion.seconds,
+            "tokens_per_second": completion.tokens_per_second,
+        })  # fmt: skip
+        return
+    generate.complete(model, tokenizer, prompt, sampling, on_text=lambda piece: typer.echo(piece, nl=False))
+    typer.echo()

@@ -1,0 +1,207 @@
+"""From a path to a model and its tokenizer, through transformers.
+
+One door for everything that runs a model: a septet directory, an unquantized Hugging Face directory, or a `.gguf` file
+(dequantized while it is read), so that rivals are judged by the same code. Nothing is fetched: a path must exist here.
+The files are checked before transformers sees them, because its own errors speak of code, not of files; what it still
+refuses becomes a CheckpointError that quotes it. (Importing any part of septet registers it with transformers.)
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from septet.checkpoint.directory import CONFIG_NAME, open_directory, read_json
+from septet.errors import CheckpointError, OptionError, SeptetError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ACTIVATIONS", "convert_gguf", "is_gguf", "is_septet", "load_model", "load_tokenizer", "read_config", "resolve_source"]
+
+ACTIVATIONS = ("int8", "float")
+# Copies of the weights in formats that are not read.
+HUB_LEAVE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*", "original/*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` names a GGUF file (by its ending; `read_config` and the loader check the content)."""
+    return path.suffix.lower() == ".gguf"
+
+
+def read_config(path: Path) -> dict:
+    """Read `config.json` of a model directory.
+
+    Args:
+        path: a model directory.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        CheckpointError: the path, the file or the JSON object is missing or damaged.
+        UnsupportedModelError: `path` is a file.
+    """
+    if path.is_file():
+        hint = "name the directory that holds config.json"
+        raise UnsupportedModelError("a model must be a Hugging Face directory or a .gguf file", f"the file {path}", hint)
+    if not path.is_dir():
+        raise CheckpointError("a model must be a local directory or .gguf file", f"{path}, which does not exist", "check the path")
+    return read_json(path / CONFIG_NAME)
+
+
+def is_septet(path: Path) -> bool:
+    """Whether `path` is a directory that septet quantized.
+
+    Raises:
+        CheckpointError: it has no readable config.json.
+        UnsupportedModelError: it is a file other than a .gguf.
+    """
+    if is_gguf(path):
+        return False
+    return (read_config(path).get("quantization_config") or {}).get("quant_method") == "septet"
+
+
+def load_model(path: Path, dtype: torch.dtype | str = "auto", activations: str | None = None) -> PreTrainedModel:
+    """Load a model for inference.
+
+    Args:
+        path: a septet directory, a Hugging Face directory or a .gguf file.
+        dtype: dtype of everything that is not quantized; "auto" takes the checkpoint's own (bfloat16 for a .gguf file).
+        activations: "int8" or "float" overrides what the checkpoint asks for; None keeps it. Only for septet directories.
+
+    Returns:
+        The model in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: files are missing, damaged or contradict each other.
+        UnsupportedModelError: no model that transformers or septet can run.
+        OptionError: `activations` is unknown, or set for a model that septet did not quantize.
+    """
+    import torch
+
+    if activations is not None and activations not in ACTIVATIONS:
+        raise OptionError("activations must be int8 or float", activations, "choose one of the two")
+    if activations is not None and not is_septet(path):
+        raise OptionError("activations can be chosen for septet directories only", path, "leave the option out")
+    if is_gguf(path):
+        dtype = torch.bfloat16 if dtype == "auto" else dtype
+        return _from_pretrained("AutoModelForCausalLM", path, **_gguf_arguments(path), dtype=dtype).eval()
+    read_config(path)
+    open_directory(path)
+    keywords = {} if activations is None else {"config": _with_activations(path, activations)}
+    return _from_pretrained("AutoModelForCausalLM", path, **keywords, dtype=dtype).eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model.
+
+    Args:
+        path: as in `load_model`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if is_gguf(path):
+        _check_gguf(path)
+        return _from_pretrained("AutoTokenizer", path.parent, gguf_file=path.name)
+    read_config(path)
+    # transformers may build an empty tokenizer when all the files are missing, so look first.
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            "a model directory must hold its tokenizer",
+            f"{path} without any of {', '.join(TOKENIZER_FILES)}",
+            "copy the tokenizer files from the original model",
+        )
+    return _from_pretrained("AutoTokenizer", path)
+
+
+def convert_gguf(file: Path, directory: Path) -> None:
+    """Write a .gguf file as a Hugging Face directory: bfloat16 weights, tokenizer, chat template.
+
+    Args:
+        file: the .gguf file.
+        directory: made if need be.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    tokenizer, model = load_tokenizer(file), load_model(file)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def resolve_source(source: str) -> Path:
+    """Turn what a user calls a model into a local path: a path that exists, or the id of a model on the Hugging Face hub.
+
+    Args:
+        source: a directory, a .gguf file, or an id like "owner/name" (downloaded unless it is in the cache).
+
+    Returns:
+        The local path.
+
+    Raises:
+        CheckpointError: there is no such path, and the hub has no such model or cannot be reached.
+    """
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or is_gguf(path):
+        return path
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(source, ignore_patterns=HUB_LEAVE))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        got, hint = " ".join(str(error).split())[:300], "check the spelling and the network"
+        raise CheckpointError(f"{source} must be a path here or a model on the hub", got, hint) from error
+
+
+def _from_pretrained(auto_class: str, path: Path, **keywords):
+    """Call `auto_class.from_pretrained` and turn what it refuses into an error about the files."""
+    import safetensors
+    import transformers
+
+    loader = getattr(transformers, auto_class)
+    directory = path.parent if is_gguf(path) else path
+    try:
+        return loader.from_pretrained(str(directory), local_files_only=True, **keywords)
+    except SeptetError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        for cause in (error.__cause__, error.__context__):
+            if isinstance(cause, SeptetError):
+                raise cause from error
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        raise CheckpointError(f"transformers must be able to load {path}", got, "check that the files belong together") from error
+
+
+def _gguf_arguments(path: Path) -> dict:
+    """Keywords that make transformers dequantize a .gguf file into a plain model."""
+    import transformers
+
+    _check_gguf(path)
+    keywords = {"gguf_file": path.name}
+    # Before 5.2x a .gguf file was always dequantized and the class did not exist.
+    if hasattr(transformers, "GgufConfig"):
+        keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return keywords
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError("a .gguf file must exist", path, "check the path")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError("a .gguf file must start with GGUF", f"{magic!r} in {path}", "copy the file again")
+
+
+def _with_activations(path: Path, activations: str):
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+    config.quantization_config["activations"] = activations
+    return config
