@@ -5,11 +5,25 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernel_table.h"
 
 namespace septet {
 namespace {
+
+// Calls body(constant n, first) for blocks of n = `most` items, and once for what is left.
+template <int n, class Body>
+void call_with(int64_t count, int64_t first, const Body& body) {
+    if constexpr (n > 0) {
+        if (count == n) return body(std::integral_constant<int, n>{}, first);
+        call_with<n - 1>(count, first, body);
+    }
+}
+template <int most, class Body>
+void in_blocks(int64_t count, const Body& body) {
+    for (int64_t first = 0; first < count; first += most) call_with<most>(count - first < most ? count - first : most, first, body);
+}
 
 inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, sizeof bits); return bits; }
 inline float float_of(int32_t bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
@@ -27,18 +41,20 @@ float inverse_root(int64_t block) {
 
 // Stages h, 2h .. block/2 and the final multiplication.
 void hadamard_from(float* x, int64_t count, int64_t block, int64_t h) {
-    for (; h < block; h *= 2)
-        for (int64_t start = 0; start < count; start += 2 * h) {
-            float* low = x + start;
-            float* high = low + h;
-            for (int64_t i = 0; i < h; i++) {
-                const float a = low[i], b = high[i];
-                low[i] = a + b;
-                high[i] = a - b;
-            }
-        }
     const float factor = inverse_root(block);
-    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+    for (const float* end = x + count; x < end; x += block) {
+        for (int64_t half = h; half < block; half *= 2)
+            for (int64_t start = 0; start < block; start += 2 * half) {
+                float* low = x + start;
+                float* high = low + half;
+                for (int64_t i = 0; i < half; i++) {
+                    const float a = low[i], b = high[i];
+                    low[i] = a + b;
+                    high[i] = a - b;
+                }
+            }
+        for (int64_t i = 0; i < block; i++) x[i] *= factor;
+    }
 }
 
 float quantize(const float* x, int64_t count, int8_t* q) {

@@ -1,0 +1,126 @@
+// What the two AVX-512 sets share: the rotation, float products, and the loop over rows of int8.
+//
+// Included by avx512.cpp and avx512vbmi.cpp, each compiled with its own flags.
+#pragma once
+#include <immintrin.h>
+
+#include "steps.h"
+
+namespace septet {
+namespace {
+
+// The four activations of a tile in every 32-bit lane.
+inline __m512i broadcast_four(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+// One stage of the rotation inside a register: a lane and its partner h lanes away become their sum and difference.
+inline __m512 butterfly(__m512 v, __m512 partner, __mmask16 upper) { return _mm512_mask_sub_ps(_mm512_add_ps(v, partner), upper, partner, v); }
+
+void hadamard(float* x, int64_t count, int64_t block) {
+    if (block < 16) return hadamard_from(x, count, block, 1);
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        v = butterfly(v, _mm512_permute_ps(v, 0xB1), 0xAAAA);
+        v = butterfly(v, _mm512_permute_ps(v, 0x4E), 0xCCCC);
+        v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0xB1), 0xF0F0);
+        v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0x4E), 0xFF00);
+        _mm512_storeu_ps(x + i, v);
+    }
+    hadamard_from(x, count, block, 16);
+}
+
+void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* zero, float* values) {
+    const __m512i add = _mm512_set1_epi8(static_cast<char>(shift)), low = _mm512_set1_epi32(255);
+    const __m512i zeros[2] = {_mm512_set1_epi32(zero[0]), _mm512_set1_epi32(zero[1])};
+    for (int64_t tile = 0; tile < tiles; tile++, decoded += kTileWeights, values += kTileWeights)
+        for (int quarter = 0; quarter < 4; quarter++) {
+            const __m512i bytes = _mm512_add_epi8(_mm512_loadu_si512(decoded + 64 * quarter), add);
+            for (int i = 0; i < kTileInputs; i++) {
+                const __m512i value = _mm512_and_si512(_mm512_srli_epi32(bytes, 8 * i), low);
+                _mm512_storeu_ps(values + i * kTileOutputs + 16 * quarter, _mm512_cvtepi32_ps(_mm512_sub_epi32(value, zeros[i & 1])));
+            }
+        }
+}
+
+void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
+    in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value;
+        const float* input = x.data + first * x.stride;
+        float* y = sums + first * kTileOutputs;
+        __m512 sum[rows][4];
+        for (int r = 0; r < rows; r++)
+            for (int q = 0; q < 4; q++) sum[r][q] = _mm512_loadu_ps(y + r * kTileOutputs + 16 * q);
+        for (int64_t k = 0; k < inputs; k++) {
+            __m512 value[4];
+            for (int q = 0; q < 4; q++) value[q] = _mm512_loadu_ps(values + k * kTileOutputs + 16 * q);
+            for (int r = 0; r < rows; r++) {
+                const __m512 one = _mm512_set1_ps(input[r * x.stride + k]);
+                for (int q = 0; q < 4; q++) sum[r][q] = _mm512_fmadd_ps(one, value[q], sum[r][q]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int q = 0; q < 4; q++) _mm512_storeu_ps(y + r * kTileOutputs + 16 * q, sum[r][q]);
+    });
+}
+
+void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
+    in_blocks<4>(rows, [&](auto row_block, int64_t row) {
+        constexpr int row_count = decltype(row_block)::value;
+        in_blocks<4>(x.count, [&](auto token_block, int64_t token) {
+            constexpr int tokens = decltype(token_block)::value;
+            __m512 sum[row_count][tokens];
+            for (auto& of_row : sum)
+                for (auto& one : of_row) one = _mm512_setzero_ps();
+            for (int64_t k = 0; k < features; k += 16) {
+                const __mmask16 valid = features - k >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (features - k)) - 1);
+                __m512 input[tokens];
+                for (int m = 0; m < tokens; m++) input[m] = _mm512_maskz_loadu_ps(valid, x.data + (token + m) * x.stride + k);
+                for (int r = 0; r < row_count; r++) {
+                    const __m128i bytes = _mm_maskz_loadu_epi8(valid, weight + (row + r) * features + k);
+                    const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+                    for (int m = 0; m < tokens; m++) sum[r][m] = _mm512_fmadd_ps(value, input[m], sum[r][m]);
+                }
+            }
+            for (int r = 0; r < row_count; r++)
+                for (int m = 0; m < tokens; m++) sums[(token + m) * rows + row + r] = _mm512_reduce_add_ps(sum[r][m]);
+        });
+    });
+}
+
+// Rows of int8 against rows of int8. Dot says how `Dot::inputs` bytes at a time are loaded and multiplied; it adds bias(sum of x) to every product.
+template <class Dot>
+void row_product_with(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
+    in_blocks<4>(x.count, [&](auto token_block, int64_t token) {
+        constexpr int tokens = decltype(token_block)::value;
+        int32_t bias[tokens];
+        for (int m = 0; m < tokens; m++) {
+            int32_t of_x[2] = {0, 0};
+            const int8_t* input = x.data + (token + m) * x.stride;
+            pair_sums(input, features / 2 * 2, of_x);
+            bias[m] = Dot::bias * (of_x[0] + of_x[1] + (features % 2 ? input[features - 1] : 0));
+        }
+        in_blocks<4>(rows, [&](auto row_block, int64_t row) {
+            constexpr int row_count = decltype(row_block)::value;
+            __m512i sum[row_count][tokens];
+            for (auto& of_row : sum)
+                for (auto& one : of_row) one = _mm512_setzero_si512();
+            for (int64_t k = 0; k < features; k += Dot::inputs) {
+                const uint64_t valid = features - k >= Dot::inputs ? ~0ull : (1ull << (features - k)) - 1;
+                __m512i input[tokens];
+                for (int m = 0; m < tokens; m++) input[m] = Dot::activations(valid, x.data + (token + m) * x.stride + k);
+                for (int r = 0; r < row_count; r++) {
+                    const __m512i w = Dot::weights(valid, weight + (row + r) * features + k);
+                    for (int m = 0; m < tokens; m++) sum[r][m] = Dot::add_product(sum[r][m], w, input[m]);
+                }
+            }
+            for (int r = 0; r < row_count; r++)
+                for (int m = 0; m < tokens; m++) sums[(token + m) * rows + row + r] = _mm512_reduce_add_epi32(sum[r][m]) + bias[m];
+        });
+    });
+}
+
+}  // namespace
+}  // namespace septet

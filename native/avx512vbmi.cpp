@@ -1,0 +1,168 @@
+// AVX-512 with VBMI and VNNI: the decoding loop the format was made for.
+//
+// A step is 32 pairs, 16 outputs. vpermb hands each 64-bit lane the bytes of 4 windows, vpmultishiftqb cuts the windows out, two 16-bit multiplications
+// hash them, vpermi2b looks up both levels of each pair in a table of two registers (it ignores the eighth index bit), and vpdpbusd sums the four inputs
+// of an output. The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
+#include "avx512_steps.h"
+#include "tables.h"
+#include "viterbi_kernel.h"
+
+namespace septet {
+namespace {
+
+constexpr int kBias = 128, kSteps = 4, kWindowsPerLane = 4;
+
+struct alignas(64) Bytes { uint8_t at[64]; };
+inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
+
+// A tile in registers. Every step finds its bytes in one of them; all loads stay inside the tile.
+template <int bits>
+struct Tile {
+    __m512i first, middle, last, wrapped;
+
+    explicit Tile(const uint8_t* tile)
+        : first(_mm512_loadu_si512(tile)), middle(bits == 8 ? _mm512_loadu_si512(tile + 32) : first), last(_mm512_loadu_si512(tile + tile_bytes(bits) - 64)),
+          wrapped(_mm512_alignr_epi32(first, last, 1)) {}
+
+    __m512i source(int step) const { return step == 0 ? first : step == 1 ? middle : step == 2 ? last : wrapped; }
+    static constexpr int source_begin(int step) { return step == 0 ? 0 : step == 1 ? (bits == 8 ? 32 : 0) : tile_bytes(bits) - (step == 2 ? 64 : 60); }
+};
+
+// Which byte of its source each byte of a step comes from.
+template <int bits>
+constexpr Bytes gather(int step) {
+    Bytes index{};
+    for (int lane = 0; lane < 8; lane++)
+        for (int j = 0; j < 8; j++) {
+            const int byte = (32 * step + kWindowsPerLane * lane) * bits / 8 + j - Tile<bits>::source_begin(step);
+            index.at[lane * 8 + j] = static_cast<uint8_t>(byte < 64 ? byte : 63);  // beyond the windows of its lane, so any byte will do
+        }
+    return index;
+}
+
+// Where each result byte begins in its lane, in bits: `first` and `second` bits after the begin of its window.
+template <int bits>
+constexpr Bytes shifts(int first, int second) {
+    Bytes shift{};
+    for (int i = 0; i < 64; i++) {
+        const int lane = i / 8, window = i / 2 % kWindowsPerLane, begin = kWindowsPerLane * lane * bits % 8 + window * bits;
+        shift.at[i] = static_cast<uint8_t>(begin + (i % 2 ? second : first));
+    }
+    return shift;
+}
+
+template <int bits>
+constexpr Bytes kGather[kSteps] = {gather<bits>(0), gather<bits>(1), gather<bits>(2), gather<bits>(3)};
+
+constexpr Bytes biased_half(int bits, int half) {
+    Bytes levels{};
+    for (int i = 0; i < 64; i++) levels.at[i] = static_cast<uint8_t>(kTrellisTables[bits - 6].levels[64 * half + i] + kBias);
+    return levels;
+}
+
+template <int width>
+struct TrellisDecoder {
+    static constexpr int bits = width;
+    static constexpr Bytes kShift = shifts<bits>(0, 8), kLow = biased_half(bits, 0), kHigh = biased_half(bits, 1);
+    static constexpr uint32_t kMultiplier = kTrellisTables[bits - 6].multiplier;
+    const __m512i index[kSteps] = {load(kGather<bits>[0]), load(kGather<bits>[1]), load(kGather<bits>[2]), load(kGather<bits>[3])};
+    const __m512i shift = load(kShift), low = load(kLow), high = load(kHigh);
+    const __m512i c_low = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier & 0xFFFF)), c_high = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier >> 16));
+
+    // Levels + 128 of 16 outputs.
+    __m512i decode(const Tile<bits>& tile, int step) const {
+        const __m512i window = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(index[step], tile.source(step)));
+        const __m512i hash = _mm512_add_epi16(_mm512_mulhi_epu16(window, c_low), _mm512_mullo_epi16(window, c_high));
+        return _mm512_permutex2var_epi8(low, hash, high);
+    }
+};
+
+struct SplitDecoder {
+    static constexpr int bits = 7;
+    static constexpr Bytes kShift = shifts<bits>(0, 4);
+    const __m512i index[kSteps] = {load(kGather<bits>[0]), load(kGather<bits>[1]), load(kGather<bits>[2]), load(kGather<bits>[3])};
+    const __m512i shift = load(kShift), mask = _mm512_set1_epi16(0x070F);
+
+    __m512i decode(const Tile<bits>& tile, int step) const {
+        return _mm512_and_si512(mask, _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(index[step], tile.source(step))));
+    }
+};
+
+template <class Decoder>
+void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
+    const Decoder decoder;
+    for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
+        const Tile<Decoder::bits> tile(packed);
+        for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(decoded + 64 * step, decoder.decode(tile, step));
+    }
+}
+
+constexpr int kFusedRows = 4;
+
+template <class Decoder>
+void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+    const Decoder decoder;
+    in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value;
+        const int8_t* input = x.data + first * x.stride;
+        int32_t* y = sums + first * kTileOutputs;
+        __m512i sum[rows][kSteps];
+        for (int r = 0; r < rows; r++)
+            for (int step = 0; step < kSteps; step++) sum[r][step] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * step);
+        const uint8_t* at = packed;
+        for (int64_t t = 0; t < tiles; t++, at += tile_bytes(Decoder::bits), input += kTileInputs) {
+            const Tile<Decoder::bits> tile(at);
+            __m512i four[rows];
+            for (int r = 0; r < rows; r++) four[r] = broadcast_four(input + r * x.stride);
+            for (int step = 0; step < kSteps; step++) {
+                const __m512i levels = decoder.decode(tile, step);
+                for (int r = 0; r < rows; r++) sum[r][step] = _mm512_dpbusd_epi32(sum[r][step], levels, four[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(y + r * kTileOutputs + 16 * step, sum[r][step]);
+    });
+}
+
+void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+    in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value;
+        const int8_t* input = x.data + first * x.stride;
+        int32_t* y = sums + first * kTileOutputs;
+        __m512i sum[rows][4];
+        for (int r = 0; r < rows; r++)
+            for (int q = 0; q < 4; q++) sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q);
+        for (int64_t t = 0; t < tiles; t++) {
+            __m512i level[4];
+            for (int q = 0; q < 4; q++) level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q);
+            for (int r = 0; r < rows; r++) {
+                const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
+                for (int q = 0; q < 4; q++) sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int q = 0; q < 4; q++) _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]);
+    });
+}
+
+// Weight + 128 is the unsigned operand.
+struct BiasedDot {
+    static constexpr int inputs = 64;
+    static constexpr int32_t bias = -kBias;
+    static __m512i activations(uint64_t valid, const int8_t* x) { return _mm512_maskz_loadu_epi8(valid, x); }
+    static __m512i weights(uint64_t valid, const int8_t* w) { return _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w), _mm512_set1_epi8(-128)); }
+    static __m512i add_product(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+};
+
+}  // namespace
+
+const KernelTable kAvx512VbmiKernels = {
+    "avx512vbmi", kBias, kFusedRows,
+    {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
+    {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
+    decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    &viterbi_avx512,
+};
+
+}  // namespace septet
