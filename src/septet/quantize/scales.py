@@ -15,6 +15,7 @@ from septet.quantize.rotation import row_pieces
 __all__ = [
     "FLOAT16_MAX",
     "check_finite",
+    "column_norms",
     "headroom",
     "ratio_of_norms",
     "relative_error",
@@ -24,6 +25,7 @@ __all__ = [
     "sum_all",
     "sum_columns",
     "sum_rows",
+    "trellis_input_scale",
     "trellis_output_scale",
 ]
 
@@ -34,6 +36,8 @@ _FLOAT16_EXPONENTS = (-24, 15)
 _CODE_ERROR = 0.01
 #: Below this part of the energy clipping does not matter: a Gaussian loses 0.0004.
 _CLIPPING_IGNORED = 0.002
+#: Columns smaller than this part of the typical one are scaled as if they had it.
+_SMALLEST_COLUMN = 1 / 64
 _HEADROOMS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 
 
@@ -63,11 +67,12 @@ def sum_all(values: np.ndarray) -> float:
     return float(sum_columns(sums.reshape(-1, 1))[0]) if len(sums) else 0.0
 
 
-def row_norms(weight: np.ndarray) -> np.ndarray:
+def row_norms(weight: np.ndarray, column_scale: np.ndarray | None = None) -> np.ndarray:
     """Root mean square of each row.
 
     Args:
         weight: float32 [N, K].
+        column_scale: float32 [K] to divide by first; None is 1.
 
     Returns:
         float64 [N]; not finite exactly for rows that hold a NaN or an infinity.
@@ -75,6 +80,8 @@ def row_norms(weight: np.ndarray) -> np.ndarray:
     squares = np.empty(weight.shape[0])
     for start, stop in row_pieces(weight.shape):
         rows = weight[start:stop].astype(np.float64)
+        if column_scale is not None:
+            rows /= column_scale
         np.multiply(rows, rows, out=rows)
         squares[start:stop] = sum_rows(rows)
     return np.sqrt(squares / max(weight.shape[1], 1))
@@ -109,6 +116,39 @@ def round_to_float16(values: np.ndarray, name: str) -> np.ndarray:
         hint = "scale the weights down, or keep this layer unquantized"
         raise CodeRangeError(f"scales and offsets of {name} must be at most {FLOAT16_MAX:.0f}", f"{largest:.4g}", hint)
     return rounded
+
+
+def column_norms(weight: np.ndarray) -> np.ndarray:
+    """Root mean square of each column: float32 [N, K] -> float64 [K], rows added in index order."""
+    squares = np.zeros(weight.shape[1])
+    for start, stop in row_pieces(weight.shape):
+        rows = weight[start:stop].astype(np.float64)
+        np.multiply(rows, rows, out=rows)
+        squares = sum_columns(np.concatenate([squares[None], rows]))
+    return np.sqrt(squares / max(weight.shape[0], 1))
+
+
+def trellis_input_scale(weights: list[np.ndarray]) -> np.ndarray:
+    """The magnitude of s_in for a fused group: the root mean square of each input's column.
+
+    The error of a column is then proportional to its size. Inputs with small weights are mostly those with large activations, so
+    this lowers the error of outputs although no activation was seen (docs/log.md). Each tensor of the group counts the same.
+
+    Args:
+        weights: float32 [N_i, K], finite.
+
+    Returns:
+        float64 [K] with a mean square of about 1, at least 1/64; all 1 when every weight is 0.
+    """
+    energies = []
+    for weight in weights:
+        squares = column_norms(weight) ** 2
+        mean = float(sum_columns(squares[:, None])[0]) / len(squares)
+        if mean > 0:
+            energies.append(squares / mean)
+    if not energies:
+        return np.ones(weights[0].shape[1])
+    return np.maximum(np.sqrt(sum_columns(np.array(energies)) / len(energies)), _SMALLEST_COLUMN)
 
 
 def trellis_output_scale(norms: np.ndarray, output_block: int) -> np.ndarray:

@@ -116,10 +116,8 @@ def quantize_trellis(
     inputs = _common_inputs(weights)
     input_block = rotation.choose_block([inputs], rotation_block)
     output_block = rotation.choose_block([len(weight) for weight in weights], rotation_block)
-    magnitudes = [_row_scales(weight, name, output_block) for weight, name in zip(weights, names)]
-    per_sigma = trellis_code.WIDTHS[bits_per_pair].levels_per_sigma
-    exponent = scales.scale_exponent([magnitude / per_sigma for magnitude in magnitudes])
-    input_scale = rotation.random_signs(seed, f"{names[0]}/in", inputs) * np.float32(2.0**exponent)
+    input_scale, magnitudes, exponent = _group_scales(weights, names, output_block, bits_per_pair)
+    input_scale *= rotation.random_signs(seed, f"{names[0]}/in", inputs)
     results = []
     for weight, name, magnitude in zip(weights, names, magnitudes):
         signs = rotation.random_signs(seed, f"{name}/out", len(weight))
@@ -207,11 +205,23 @@ def _common_inputs(weights: list[np.ndarray]) -> int:
     return inputs.pop()
 
 
-def _row_scales(weight: np.ndarray, name: str, output_block: int) -> np.ndarray:
-    """float64 [N], the magnitude of s_out before rounding, for unit variance."""
-    norms = scales.row_norms(weight)
-    scales.check_finite(norms, name)
-    return scales.trellis_output_scale(norms, output_block)
+def _group_scales(
+    weights: list[np.ndarray], names: list[str], output_block: int, bits: int
+) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """|s_in| as fp16 holds it, float32 [K]; |s_out| for unit variance, float64 [N_i] each; and the exponent moved from s_out to s_in.
+
+    Weights so small or large that fp16 cannot hold s_out move a power of two to s_in; there is no room for column scales then.
+    """
+    for weight, name in zip(weights, names):
+        scales.check_finite(scales.row_norms(weight), name)
+    columns = scales.round_to_float16(scales.trellis_input_scale(weights), names[0]).astype(np.float32)
+    magnitudes = [scales.trellis_output_scale(scales.row_norms(weight, columns), output_block) for weight in weights]
+    per_sigma = trellis_code.WIDTHS[bits].levels_per_sigma
+    exponent = scales.scale_exponent([magnitude / per_sigma for magnitude in magnitudes])
+    if exponent:
+        columns = np.full(weights[0].shape[1], 2.0**exponent, np.float32)
+        magnitudes = [scales.trellis_output_scale(scales.row_norms(weight), output_block) for weight in weights]
+    return columns, magnitudes, exponent
 
 
 def _rotate_with_rounded_scale(
