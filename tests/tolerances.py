@@ -51,3 +51,11 @@ def half_step(scale: np.ndarray) -> np.ndarray:
         The same shape, float64.
     """
     return np.asarray(scale, np.float64) * (0.5 + 4 * FLOAT16_UNIT)
+
+
+#: A mean of float32 log-probabilities of a small model against float64: some tens of roundings, relative to exp() of the mean.
+FLOAT32_MEAN = 1e-5
+#: The same for a difference of two close log-probabilities (a divergence, a standard error), which loses two to three digits.
+FLOAT32_DIFFERENCE = 1e-3
+#: A standard deviation estimated from 400 repeats is itself known to 1 / sqrt(800) = 3.5 %; three of these.
+SPREAD_OF_400 = 0.106

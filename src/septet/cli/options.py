@@ -30,7 +30,7 @@ class Activations(str, Enum):
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory, a Hugging Face directory or a .gguf file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ActivationOption = Annotated[Activations | None, typer.Option("--activations", help="Round inputs to int8 or not; default: what the model says.")]
+ActivationOption = Annotated[Activations | None, typer.Option("--activations", help="Round inputs to int8? Default: what the model says.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
 TopKOption = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
