@@ -99,7 +99,7 @@ def figures_of(directory: Path, name: str, text: str) -> dict:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored.get("made_from") == key:
             return stored
-    with progress_bar("windows") as bar:
+    with progress_bar() as bar:
         task = bar.add_task(f"evaluate {path}", total=None)
         reference = None if name == "original" else original
         result = evaluate(path, text, reference, CONTEXT, progress=lambda done, total: bar.update(task, completed=done, total=total))

@@ -41,7 +41,7 @@ def eval(
 
     quiet_libraries()
     content = read_text(text)
-    with progress_bar("windows") as bar:
+    with progress_bar() as bar:
         task = bar.add_task("evaluate", total=None)
         result = evaluate(
             directory,

@@ -43,13 +43,12 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-def progress_bar(unit: str = "") -> Progress:
+def progress_bar() -> Progress:
     """A progress bar with elapsed and estimated time on stderr; a context manager."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-    columns += [TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)] if unit else []
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console(stderr=True))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), *times, console=console(stderr=True))
 
 
 def quiet_libraries() -> None:
