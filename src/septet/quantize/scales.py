@@ -32,6 +32,9 @@ __all__ = [
 FLOAT16_MAX = 65504.0
 #: Largest and smallest power of two that fp16 holds.
 _FLOAT16_EXPONENTS = (-24, 15)
+_SMALLEST_NORMAL = 2.0**-14
+#: Larger scales could leave fp16 when `headroom` enlarges them.
+_LARGEST_SCALE = 512.0
 #: Squared error of the trellis code against unit variance, roughly; only weighs it against clipping.
 _CODE_ERROR = 0.01
 #: Below this part of the energy clipping does not matter: a Gaussian loses 0.0004.
@@ -179,42 +182,46 @@ def scale_exponent(scales: list[np.ndarray]) -> int:
         e, so that s_in = +-2^e and s_out / 2^e is stored; -24..15.
     """
     largest = max(float(scale.max(initial=0.0)) for scale in scales)
-    if largest == 0.0 or 2.0**-14 <= largest <= FLOAT16_MAX / 2:
+    if largest == 0.0 or _SMALLEST_NORMAL <= largest <= _LARGEST_SCALE:
         return 0
-    exponent = int(np.frexp(largest)[1]) if largest < 1 else int(np.frexp(largest)[1]) - 15
-    return int(np.clip(exponent, *_FLOAT16_EXPONENTS))
+    # Into 1/2..1, where both small and large rows of the group have room.
+    return int(np.clip(np.frexp(largest)[1], *_FLOAT16_EXPONENTS))
 
 
-def headroom(rotated: np.ndarray, bits: int) -> float:
+def headroom(rotated: np.ndarray, bits: int, output_block: int) -> np.ndarray:
     """How much to enlarge the scale so that clipping costs less than it saves: 1 for anything like a Gaussian.
 
-    Only matrices that cannot be rotated (odd sizes) keep outliers that the table's largest level cannot reach.
+    Matrices that cannot be rotated (odd sizes) keep outliers that the table's largest level cannot reach.
 
     Args:
-        rotated: float32 [N, K] with a mean square of about 1.
+        rotated: float32 [N, K]; every block of rows has a mean square of about 1.
         bits: bits per pair.
+        output_block: rows that share a factor, divides N.
 
     Returns:
-        The best of a few factors from 1 to 64.
+        float64 [N], the best of a few factors from 1 to 64.
     """
     reach = max(WIDTHS[bits].table) / WIDTHS[bits].levels_per_sigma
-    lost = _clipped_energy(rotated, reach)
-    if lost <= _CLIPPING_IGNORED:
-        return 1.0
-    costs = {1.0: _CODE_ERROR + lost}
-    for factor in _HEADROOMS:
-        costs[factor] = _CODE_ERROR * factor**2 + _clipped_energy(rotated, reach * factor)
-    return min(costs, key=costs.__getitem__)
+    lost = _clipped_energy(rotated, reach, output_block)
+    factors = np.ones(len(lost))
+    cut = np.flatnonzero(lost > _CLIPPING_IGNORED)
+    if len(cut):
+        rows = rotated.reshape(-1, output_block, rotated.shape[1])[cut].reshape(-1, rotated.shape[1])
+        least = _CODE_ERROR + lost[cut]
+        for factor in _HEADROOMS:
+            cost = _CODE_ERROR * factor**2 + _clipped_energy(rows, reach * factor, output_block)
+            factors[cut] = np.where(cost < least, factor, factors[cut])
+            least = np.minimum(cost, least)
+    return np.repeat(factors, output_block)
 
 
-def _clipped_energy(values: np.ndarray, reach: float) -> float:
-    """Mean of (|v| - reach)^2 over the values beyond reach."""
-    total = 0.0
+def _clipped_energy(values: np.ndarray, reach: float, block: int) -> np.ndarray:
+    """Mean of (|v| - reach)^2 over the values beyond reach, of each block of rows: float64 [N / block]."""
+    sums = np.empty(len(values))
     for start, stop in row_pieces(values.shape):
-        beyond = np.abs(values[start:stop]) - np.float32(reach)
-        beyond = beyond[beyond > 0].astype(np.float64)
-        total += sum_all(beyond * beyond)
-    return total / values.size
+        beyond = np.maximum(np.abs(values[start:stop]) - np.float32(reach), 0)
+        sums[start:stop] = sum_rows(beyond * beyond)
+    return sum_rows(sums.reshape(-1, block)) / (block * values.shape[1])
 
 
 def relative_error(weight: np.ndarray, decoded: np.ndarray) -> float:

@@ -205,9 +205,7 @@ def _common_inputs(weights: list[np.ndarray]) -> int:
     return inputs.pop()
 
 
-def _group_scales(
-    weights: list[np.ndarray], names: list[str], output_block: int, bits: int
-) -> tuple[np.ndarray, list[np.ndarray], int]:
+def _group_scales(weights: list[np.ndarray], names: list[str], output_block: int, bits: int) -> tuple[np.ndarray, list[np.ndarray], int]:
     """|s_in| as fp16 holds it, float32 [K]; |s_out| for unit variance, float64 [N_i] each; and the exponent moved from s_out to s_in.
 
     Weights so small or large that fp16 cannot hold s_out move a power of two to s_in; there is no room for column scales then.
@@ -231,9 +229,9 @@ def _rotate_with_rounded_scale(
     per_sigma = trellis_code.WIDTHS[bits].levels_per_sigma
     scale = scales.round_to_float16(wanted / per_sigma, name)
     rotated = rotation.rotate(weight, scale.astype(np.float32) * np.float32(per_sigma), input_scale, *blocks)
-    factor = scales.headroom(rotated, bits)
-    if factor != 1.0:
-        scale = scales.round_to_float16(wanted * factor / per_sigma, name)
+    factors = scales.headroom(rotated, bits, blocks[1])
+    if (factors != 1).any():
+        scale = scales.round_to_float16(wanted * factors / per_sigma, name)
         rotated = rotation.rotate(weight, scale.astype(np.float32) * np.float32(per_sigma), input_scale, *blocks)
     return rotated, scale
 
