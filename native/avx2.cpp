@@ -124,7 +124,10 @@ void decode_steps(const Decoder& decoder, const uint8_t* tile, uint8_t* decoded)
 template <class Decoder>
 void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const Decoder decoder;
-    for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) decode_steps(decoder, packed, decoded);
+    for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
+        prefetch_tile(packed);
+        decode_steps(decoder, packed, decoded);
+    }
 }
 
 // vpmaddubsw wants an unsigned operand: |x|, with its sign given to the levels. 2 * 128 * 127 fits int16, so nothing saturates.

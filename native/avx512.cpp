@@ -105,6 +105,7 @@ template <class Decoder>
 void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const Decoder decoder;
     for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
+        prefetch_tile(packed);
         const Tile<Decoder::bits> tile(packed);
         for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(decoded + 64 * step, decoder.decode(tile, step));
     }

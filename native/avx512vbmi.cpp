@@ -92,6 +92,7 @@ template <class Decoder>
 void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const Decoder decoder;
     for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
+        prefetch_tile(packed);
         const Tile<Decoder::bits> tile(packed);
         for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(decoded + 64 * step, decoder.decode(tile, step));
     }
@@ -111,6 +112,7 @@ void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums)
             for (int step = 0; step < kSteps; step++) sum[r][step] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * step);
         const uint8_t* at = packed;
         for (int64_t t = 0; t < tiles; t++, at += tile_bytes(Decoder::bits), input += kTileInputs) {
+            prefetch_tile(at);
             const Tile<Decoder::bits> tile(at);
             __m512i four[rows];
             for (int r = 0; r < rows; r++) four[r] = broadcast_four(input + r * x.stride);

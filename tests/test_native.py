@@ -5,61 +5,14 @@ Float activations are the exception: their order of additions is open, so they a
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+
 import tolerances
+from native_cases import BATCHES, SIZES, equal, instruction_set, native, padded, random_int8, random_packed  # noqa: F401
+from septet.kernels import reference
 
-from septet.errors import BackendUnavailableError, CodeRangeError, OptionError, ShapeError
-from septet.kernels import LayerWeights, reference
-
-native = pytest.importorskip("septet.kernels.native", reason="the native extension is not built")
-
-ROOT = Path(__file__).parent.parent
-SETS = [name for name, obstacle in native.instruction_sets().items() if not obstacle]
-#: outputs, inputs
-SIZES = [(1, 1), (3, 5), (64, 4), (65, 130), (130, 64), (192, 576), (64, 2048), (70, 1027)]
-BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17]
-
-
-@pytest.fixture(params=SETS, autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run every test of this file with each instruction set."""
-    native.set_instruction_set(request.param)
-    assert native.instruction_set() == request.param
-    yield request.param
-    native.set_instruction_set(None)
-
-
-def equal(found: np.ndarray, wanted: np.ndarray) -> None:
-    """The same dtype, shape and bits; NaNs anywhere are equal."""
-    assert found.dtype == wanted.dtype and found.shape == wanted.shape
-    np.testing.assert_array_equal(found, wanted)
-    if found.dtype == np.float32:
-        np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
-
-
-def random_packed(rng: np.random.Generator, outputs: int, inputs: int, bits: int) -> np.ndarray:
-    """Any bytes are valid packed weights."""
-    return rng.integers(0, 256, (-(-outputs // 64), -(-inputs // 4) * 16 * bits), np.uint8)
-
-
-def random_int8(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """All 256 values, with the smallest one more often than not by chance."""
-    values = rng.integers(-128, 128, shape, np.int8)
-    values[rng.random(shape) < 0.05] = -128
-    return values
-
-
-def padded(inputs: int) -> int:
-    return -(-inputs // 4) * 4
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 @pytest.mark.parametrize("bits", [6, 7, 8])
@@ -74,13 +27,18 @@ def test_decoding(rng: np.random.Generator, size: tuple[int, int], bits: int) ->
 
 
 @pytest.mark.parametrize("bits", [6, 7, 8])
-def test_every_window_at_every_pair(bits: int) -> None:
-    """Each of the 65536 windows at each of the 128 pairs: a tile of one repeated window, rotated to every pair."""
-    step = 7919  # every tile holds many windows; together they cover all of them at all pairs
-    rng = np.random.default_rng(step)
-    symbols = rng.integers(0, 1 << bits, (1, 4096, 128), np.uint8)
-    packed = reference.pack(symbols, bits)
-    equal(native.trellis_levels(packed, bits), reference.trellis_levels(packed, bits))
+def test_every_window_in_every_place(bits: int) -> None:
+    """All 65536 windows at each of the 128 pairs, also round the end of a tile; 42 windows side by side in a tile do not overlap."""
+    tiles, wide = np.arange(1 << 16), 3
+    for first in (0, 1, 2, 126, 127):
+        places = (first + wide * np.arange(128 // wide)) % 128
+        windows = (tiles[:, None] + 1597 * places) % (1 << 16)
+        symbols = np.zeros((1 << 16, 128), np.uint8)
+        for part in range(-(-16 // bits)):
+            symbols[:, (places + part) % 128] = windows >> bits * part & (1 << bits) - 1
+        levels = native.trellis_levels(native.pack(symbols.reshape(4, -1, 128), bits), bits)
+        pairs = levels.reshape(4, 64, -1, 2, 2).transpose(0, 2, 1, 3, 4).reshape(1 << 16, 128, 2)
+        np.testing.assert_array_equal(pairs[:, places], reference.trellis.window_levels(bits)[windows])
 
 
 @pytest.mark.parametrize("bits", [6, 7, 8])
@@ -197,134 +155,9 @@ def test_quantize_activations(rng: np.random.Generator, segment: int) -> None:
             equal(found, wanted)
 
 
-def layer_of(rng: np.random.Generator, code: str, outputs: int, inputs: int, **options: object) -> LayerWeights:
-    """A random layer."""
-    given = SimpleNamespace(bits_per_pair=7, group_size=None, symmetric=False, activation_segment="token", cap=256, **{})
-    vars(given).update(options)
-    if code == "int8":
-        packed, given.bits_per_pair = random_int8(rng, outputs, inputs), 16
-    else:
-        packed = random_packed(rng, outputs, inputs, given.bits_per_pair)
-
-    def block(features: int) -> int:
-        return min(features & -features, given.cap)
-
-    def half(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float16)
-
-    common = (code, given.bits_per_pair, inputs, outputs, packed)
-    if code == "split":
-        groups = 1 if given.group_size is None else -(-inputs // given.group_size)
-        offset = None if given.symmetric else half(outputs, 2 * groups)
-        return LayerWeights(*common, half(outputs, 2 * groups), offset, group_size=given.group_size)
-    output_block = block(outputs) if code == "trellis" else 1
-    return LayerWeights(
-        *common, half(outputs), None, half(inputs), block(inputs), output_block, activation_segment=given.activation_segment
-    )
-
-
-LAYERS = [("trellis", {"bits_per_pair": bits, "activation_segment": segment}) for bits in (6, 7, 8) for segment in ("token", "block")]
-LAYERS += [("split", {"symmetric": symmetric, "group_size": group}) for symmetric in (False, True) for group in (None, 64)]
-LAYERS += [("int8", {})]
-
-
-@pytest.mark.parametrize("code, options", LAYERS)
-def test_linear(rng: np.random.Generator, code: str, options: dict[str, object]) -> None:
-    for (outputs, inputs), tokens in zip([*SIZES, (192, 576), (192, 576)], (1, 2, 3, 4, 5, 6, 17, 1, 1, 300)):
-        layer = layer_of(rng, code, outputs, inputs, **options)
-        x = rng.standard_normal((tokens, inputs)).astype(np.float32)
-        x[tokens // 2, inputs // 2] = np.nan if tokens > 4 else 0
-        run, prepared = getattr(native, f"linear_{code}"), native.prepare(layer)
-        wanted = getattr(reference, f"linear_{code}")(x, reference.prepare(layer), "int8")
-        equal(run(x, prepared, "int8"), wanted)
-        assert not tokens > 4 or np.isnan(wanted).any()
-        for threads in (2, 3):
-            assert run(x, prepared, "int8", threads).tobytes() == run(x, prepared, "int8", 1).tobytes()
-            assert run(x, prepared, "float", threads).tobytes() == run(x, prepared, "float", 1).tobytes()
-
-
-@pytest.mark.parametrize("code, options", LAYERS)
-def test_linear_with_float_activations(rng: np.random.Generator, code: str, options: dict[str, object]) -> None:
-    for (outputs, inputs), tokens in zip(SIZES, (1, 2, 3, 4, 5, 6, 17, 1)):
-        layer = layer_of(rng, code, outputs, inputs, **options)
-        x = rng.standard_normal((tokens, inputs)).astype(np.float32)
-        found = getattr(native, f"linear_{code}")(x, native.prepare(layer), "float")
-        wanted = getattr(reference, f"linear_{code}")(x, reference.prepare(layer), "float")
-        # Both lie within the bound of the exact result; the rotations spread a column's error over its block.
-        scale = np.abs(wanted).max() + np.sqrt(inputs) * 127 * np.abs(x).max()
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=4 * inputs * tolerances.FLOAT32_UNIT * scale)
-
-
-def test_a_batch_is_its_tokens(rng: np.random.Generator) -> None:
-    for code in ("trellis", "split", "int8"):
-        layer = layer_of(rng, code, 130, 516)
-        x = rng.standard_normal((11, 516)).astype(np.float32)
-        run, prepared = getattr(native, f"linear_{code}"), native.prepare(layer)
-        for activations in ("int8", "float"):
-            together = run(x, prepared, activations)
-            for token in range(11):
-                assert run(x[token : token + 1], prepared, activations).tobytes() == together[token].tobytes()
-
-
-def test_no_tokens(rng: np.random.Generator) -> None:
-    layer = layer_of(rng, "trellis", 65, 130)
-    assert native.linear_trellis(np.zeros((0, 130), np.float32), native.prepare(layer), "int8").shape == (0, 65)
-
-
 @pytest.mark.parametrize("bits", [6, 7, 8])
 def test_encode(rng: np.random.Generator, bits: int) -> None:
     fixed = np.clip(rng.standard_normal((6, 256)) * 160, -1020, 1020).astype(np.int16)
     wanted = reference.trellis_encode(fixed, bits)
     for threads in (1, 2, 3):
         equal(native.trellis_encode(fixed, bits, threads), wanted)
-
-
-def test_wrong_arguments_raise_septet_errors(rng: np.random.Generator) -> None:
-    packed = random_packed(rng, 64, 8, 7)
-    xq = random_int8(rng, 2, 8)
-    with pytest.raises(OptionError, match="6, 7 or 8"):
-        native.unpack(packed, 5)
-    with pytest.raises(ShapeError, match="columns \\* 128"):
-        native.unpack(packed, 8)
-    with pytest.raises(CodeRangeError):
-        native.pack(np.full((1, 1, 128), 128, np.uint8), 7)
-    with pytest.raises(CodeRangeError):
-        native.trellis_encode(np.full((1, 256), 1021, np.int16), 7)
-    with pytest.raises(ShapeError, match="contiguous int8"):
-        native.trellis_accumulate(packed, 7, xq.astype(np.int16))
-    with pytest.raises(ShapeError, match="contiguous int8"):
-        native.trellis_accumulate(packed, 7, np.asfortranarray(xq))
-    with pytest.raises(ShapeError, match="contiguous int8"):
-        native.trellis_accumulate(packed, 7, xq[:, :4])
-    with pytest.raises(ShapeError, match="power of two"):
-        native.hadamard(np.zeros((2, 6), np.float32), 4)
-    with pytest.raises(OptionError, match="threads"):
-        native.trellis_levels(packed, 7, -1)
-    with pytest.raises(BackendUnavailableError, match="avx1024"):
-        native.set_instruction_set("avx1024")
-    layer = layer_of(rng, "trellis", 64, 8)
-    with pytest.raises(OptionError, match="linear_trellis"):
-        native.linear_split(np.zeros((1, 8), np.float32), native.prepare(layer), "int8")
-    with pytest.raises(ShapeError, match=r"float32 \[any, 8\]"):
-        native.linear_trellis(np.zeros((1, 9), np.float32), native.prepare(layer), "int8")
-    with pytest.raises(ShapeError):
-        native.prepare(SimpleNamespace(**{**dataclasses.asdict(layer), "packed": packed[:, 1:], "segment": 8}))
-
-
-def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-
-def test_variables_are_obeyed_or_refused(instruction_set: str) -> None:
-    show = "from septet import _native; print(_native.instruction_set(), _native.default_threads())"
-    done = run_python(show, SEPTET_CPU=instruction_set, SEPTET_THREADS="3", OMP_NUM_THREADS="2")
-    assert done.stdout.split() == [instruction_set, "3"]
-    assert run_python(show, SEPTET_THREADS="", OMP_NUM_THREADS="2,1").stdout.split()[1] == "2"
-    for variables in ({"SEPTET_CPU": "avx1024"}, {"SEPTET_THREADS": "many"}, {"SEPTET_THREADS": "0"}):
-        done = run_python("import septet.kernels as k; k.select_backend()", **variables)
-        assert done.returncode == 1 and next(iter(variables.values())) in done.stderr.splitlines()[-1]
-
-
-def test_generated_tables_are_up_to_date() -> None:
-    assert subprocess.run([sys.executable, "tools/generate_tables.py", "--check"], cwd=ROOT).returncode == 0
