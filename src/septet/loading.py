@@ -9,17 +9,32 @@ refuses becomes a CheckpointError that quotes it. (Importing any part of septet 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from septet.checkpoint.directory import CONFIG_NAME, open_directory, read_json
+from septet import model
+from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.errors import CheckpointError, OptionError, SeptetError, UnsupportedModelError
+from septet.quantize.planned import PlannedLayer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ACTIVATIONS", "convert_gguf", "is_gguf", "is_septet", "load_model", "load_tokenizer", "read_config", "resolve_source"]
+    from septet.checkpoint import QuantizeOptions
+
+__all__ = [
+    "ACTIVATIONS",
+    "convert_gguf",
+    "is_gguf",
+    "is_septet",
+    "load_model",
+    "load_tokenizer",
+    "plan_checkpoint",
+    "read_config",
+    "resolve_source",
+]
 
 ACTIVATIONS = ("int8", "float")
 # Copies of the weights in formats that are not read.
@@ -92,8 +107,10 @@ def load_model(path: Path, dtype: torch.dtype | str = "auto", activations: str |
         return _from_pretrained("AutoModelForCausalLM", path, **_gguf_arguments(path), dtype=dtype).eval()
     read_config(path)
     open_directory(path)
-    keywords = {} if activations is None else {"config": _with_activations(path, activations)}
-    return _from_pretrained("AutoModelForCausalLM", path, **keywords, dtype=dtype).eval()
+    loaded = _from_pretrained("AutoModelForCausalLM", path, dtype=dtype).eval()
+    if activations is not None:
+        model.set_activations(loaded, activations)
+    return loaded
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -129,9 +146,37 @@ def convert_gguf(file: Path, directory: Path) -> None:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    tokenizer, model = load_tokenizer(file), load_model(file)
-    model.save_pretrained(directory)
+    tokenizer, loaded = load_tokenizer(file), load_model(file)
+    loaded.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def plan_checkpoint(directory: ModelDirectory, options: QuantizeOptions) -> list[list[PlannedLayer]]:
+    """Find the layers of a model on disk that will be quantized; `checkpoint.stream.Hooks` asks for this.
+
+    Args:
+        directory: the opened source.
+        options: of the run.
+
+    Returns:
+        Groups of layers that are quantized together.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: transformers cannot build the model, or it has no layers to quantize.
+    """
+    import torch
+    import transformers
+
+    config = _translated(directory.path, lambda: transformers.AutoConfig.from_pretrained(str(directory.path), local_files_only=True))
+    with torch.device("meta"):
+        skeleton = _translated(directory.path, lambda: transformers.AutoModelForCausalLM.from_config(config))
+    groups: dict[str, list[PlannedLayer]] = {}
+    for layer in model.plan(skeleton, options):
+        planned = PlannedLayer(
+            layer.name, layer.shape, layer.code, layer.bits_per_pair, layer.role, layer.tied_names, layer.kind == "conv1d"
+        )
+        groups.setdefault(layer.group, []).append(planned)
+    return list(groups.values())
 
 
 def resolve_source(source: str) -> Path:
@@ -160,17 +205,23 @@ def resolve_source(source: str) -> Path:
 
 
 def _from_pretrained(auto_class: str, path: Path, **keywords):
-    """Call `auto_class.from_pretrained` and turn what it refuses into an error about the files."""
-    import safetensors
+    """Call `auto_class.from_pretrained`."""
     import transformers
 
     loader = getattr(transformers, auto_class)
     directory = path.parent if is_gguf(path) else path
+    return _translated(path, lambda: loader.from_pretrained(str(directory), local_files_only=True, **keywords))
+
+
+def _translated(path: Path, call: Callable[[], Any]) -> Any:
+    """Call transformers and turn what it refuses into an error about the files."""
+    import safetensors
+
     try:
-        return loader.from_pretrained(str(directory), local_files_only=True, **keywords)
+        return call()
     except SeptetError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         for cause in (error.__cause__, error.__context__):
             if isinstance(cause, SeptetError):
                 raise cause from error
@@ -197,11 +248,3 @@ def _check_gguf(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise CheckpointError("a .gguf file must start with GGUF", f"{magic!r} in {path}", "copy the file again")
-
-
-def _with_activations(path: Path, activations: str):
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
-    config.quantization_config["activations"] = activations
-    return config

@@ -6,6 +6,7 @@ before or after the command's name, shows the traceback too. Whatever a library 
 
 from __future__ import annotations
 
+import os
 import traceback
 from types import TracebackType
 
@@ -102,4 +103,6 @@ def _root(
 
 def main() -> None:
     """Entry point of the command `septet`."""
+    # OpenMP threads that spin while they wait make torch ten times slower on a busy machine; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="septet")

@@ -15,9 +15,7 @@ PARTS = ("linear", "head", "embedding", "other", "total_without_embeddings", "to
 def inspect(directory: ModelArgument, as_json: JsonOption = False) -> None:
     """List the layers of a septet directory: code, bits on disk, bytes, error."""
     from septet import checkpoint
-    from septet.loading import read_config
 
-    read_config(directory)
     found = checkpoint.inspect(directory)
     if as_json:
         print_json(found)

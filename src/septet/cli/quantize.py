@@ -85,7 +85,7 @@ def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: 
     Returns:
         False when there was nothing left to do.
     """
-    from septet import loading, model
+    from septet import loading
     from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
 
     path = loading.resolve_source(source)
@@ -95,8 +95,9 @@ def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: 
         task = bar.add_task("read", total=None)
 
         def show(event: Progress) -> None:
-            description = f"{event.stage} {event.name}"
-            bar.update(task, description=description, completed=event.done_bytes, total=event.total_bytes or None)
+            bar.update(task, description=f"{event.stage} {event.name}")
+            if event.total_bytes:
+                bar.update(task, completed=event.done_bytes, total=event.total_bytes)
 
-        hooks = Hooks(plan=model.plan_layers, progress=show, convert_gguf=loading.convert_gguf)
+        hooks = Hooks(plan=loading.plan_checkpoint, progress=show, convert_gguf=loading.convert_gguf)
         return quantize_checkpoint(path, out, options, hooks, resume, threads)

@@ -15,9 +15,7 @@ __all__ = ["verify"]
 def verify(directory: ModelArgument, as_json: JsonOption = False) -> None:
     """Compare a septet directory with its checksums."""
     from septet import checkpoint
-    from septet.loading import read_config
 
-    read_config(directory)
     report = checkpoint.verify(directory)
     counts = {"files": report.files, "tensors": report.tensors, "layers": report.layers}
     if as_json:
