@@ -10,11 +10,12 @@ import numpy as np
 
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
 from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
-from septet.checkpoint.jobs import Job, PlannedLayer, list_jobs, quantize_job
+from septet.checkpoint.jobs import Job, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
+from septet.quantize.planned import PlannedLayer
 
 __all__ = ["Progress", "Run", "fill"]
 
@@ -114,8 +115,7 @@ def _quantize(run: Run, job: Job, places: _Places) -> None:
     checksums: dict[str, str] = {}
     layers: dict[str, dict] = {}
     for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads)):
-        entry = quantized.config() | {"role": layer.role}
-        layers[layer.name] = entry | ({"tied": list(layer.tied)} if layer.tied else {})
+        layers[layer.name] = quantized.config() | layer.config()
         for part, array in quantized.tensors().items():
             key = f"{layer.name}.{part}"
             checksums[key] = crc32_text(array)

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from septet.checkpoint.directory import ModelDirectory
 from septet.checkpoint.layout import OutputTensor
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
 from septet.errors import CheckpointError
 from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
+from septet.quantize.planned import PlannedLayer
 from septet.quantize.stored import stored_arrays
 
-__all__ = ["Job", "PlannedLayer", "list_jobs", "quantize_job"]
+__all__ = ["Job", "list_jobs", "quantize_job"]
 
 _STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer to quantize.
-
-    Args:
-        name: module name; its weight is `<name>.weight` in the source.
-        shape: (out_features, in_features) as the model's config wants it.
-        code: "trellis", "split" or "int8".
-        bits_per_pair: 6, 7, 8, or 16 for int8.
-        role: "linear" or "head".
-        tied: modules that use the same matrix.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    code: str
-    bits_per_pair: int
-    role: str = "linear"
-    tied: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The weight's key, in the source and in the result."""
-        return f"{self.name}.weight"
 
 
 @dataclass(frozen=True)
@@ -91,9 +68,10 @@ def _check_layer(source: ModelDirectory, layer: PlannedLayer) -> None:
         hint = "the checkpoint is incomplete, or its config.json belongs to another model"
         raise CheckpointError(f"the checkpoint must hold {layer.key}", f"{len(source.owners)} other tensors", hint)
     entry = source.entry(layer.key)
-    if entry.shape != layer.shape:
+    wanted = layer.shape[::-1] if layer.transposed else layer.shape
+    if entry.shape != wanted:
         hint = "config.json and the weights do not belong together; fetch both again"
-        raise CheckpointError(f"{layer.key} must have the shape {list(layer.shape)} that config.json asks for", list(entry.shape), hint)
+        raise CheckpointError(f"{layer.key} must have the shape {list(wanted)} that config.json asks for", list(entry.shape), hint)
     if entry.dtype not in FLOAT_DTYPES:
         hint = "start from the unquantized model"
         raise CheckpointError(f"{layer.key} must have one of the dtypes {', '.join(FLOAT_DTYPES)}", entry.dtype, hint)
@@ -116,13 +94,14 @@ def _outputs(layer: PlannedLayer, options: QuantizeOptions) -> list[OutputTensor
 
 def quantize_job(source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int) -> list[QuantizedTensor]:
     """Quantize the layers of a job."""
-    matrices = [StoredMatrix(source.file_of(layer.key), layer.key) for layer in job.layers]
     names = [layer.name for layer in job.layers]
+    matrices = [StoredMatrix(source.file_of(layer.key), layer.key) for layer in job.layers]
     code = job.layers[0].code
     if code == "int8":
-        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
+        whole = [matrix[:].T if layer.transposed else matrix for layer, matrix in zip(job.layers, matrices)]
+        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(whole, names)]
+    weights = (np.ascontiguousarray(matrix[:].T) if layer.transposed else matrix[:] for layer, matrix in zip(job.layers, matrices))
     if code == "split":
         chosen = options.symmetric, options.granularity, options.group_size, options.range_method
-        return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
-    weights = [matrix[:] for matrix in matrices]
-    return quantize_trellis(weights, names, job.layers[0].bits_per_pair, options.rotation_block, options.seed, threads)
+        return [quantize_split(weight, *chosen, threads, name) for weight, name in zip(weights, names)]
+    return quantize_trellis(list(weights), names, job.layers[0].bits_per_pair, options.rotation_block, options.seed, threads)

@@ -16,10 +16,10 @@ from septet import __version__
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
-from septet.checkpoint.jobs import PlannedLayer
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, UnsupportedModelError
+from septet.quantize.planned import PlannedLayer
 
 __all__ = ["Hooks", "Progress", "quantize_checkpoint"]
 
