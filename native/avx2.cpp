@@ -21,6 +21,13 @@ template <class T> __m256i load_any(const T* p) { return _mm256_loadu_si256(rein
 template <class T> void store_any(T* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+// The four activations of a tile in every 32-bit lane.
+inline __m256i broadcast_four(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
 // 16 bytes from where outputs 4*group .. 4*group + 3 begin, without a look outside the tile: its last groups are put together, around its end.
 template <int bits, int group>
 __m128i group_bytes(const uint8_t* tile) {
@@ -131,7 +138,7 @@ void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
 }
 
 // vpmaddubsw wants an unsigned operand: |x|, with its sign given to the levels. 2 * 128 * 127 fits int16, so nothing saturates.
-void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
@@ -139,27 +146,22 @@ void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sum
             const int8_t* input = x.data + first * x.stride;
             const uint8_t* levels = decoded + part * registers * 32;
             int32_t* y = sums + first * kTileOutputs + part * registers * 8;
-            __m256i sum[rows][registers];
-            for (int r = 0; r < rows; r++)
-                for (int q = 0; q < registers; q++) sum[r][q] = load_any(y + r * kTileOutputs + 8 * q);
+            __m256i sum[rows][registers], four[rows], magnitude[rows];
+            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
             for (int64_t t = 0; t < tiles; t++, levels += kTileWeights, input += kTileInputs) {
-                __m256i four[rows], magnitude[rows];
-                for (int r = 0; r < rows; r++) {
-                    int32_t word;
-                    std::memcpy(&word, input + r * x.stride, sizeof word);
-                    four[r] = _mm256_set1_epi32(word);
+                repeat<rows>([&](auto r) {
+                    four[r] = broadcast_four(input + r * x.stride);
                     magnitude[r] = _mm256_abs_epi8(four[r]);
-                }
-                for (int q = 0; q < registers; q++) {
+                });
+                repeat<registers>([&](auto q) {
                     const __m256i level = load_any(levels + 32 * q);
-                    for (int r = 0; r < rows; r++) {
+                    repeat<rows>([&](auto r) {
                         const __m256i pairs = _mm256_maddubs_epi16(magnitude[r], _mm256_sign_epi8(level, four[r]));
                         sum[r][q] = _mm256_add_epi32(sum[r][q], _mm256_madd_epi16(pairs, ones));
-                    }
-                }
+                    });
+                });
             }
-            for (int r = 0; r < rows; r++)
-                for (int q = 0; q < registers; q++) store_any(y + r * kTileOutputs + 8 * q, sum[r][q]);
+            repeat<rows, registers>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
         }
     });
 }
@@ -176,58 +178,52 @@ inline float sum_lanes(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ps(half, _mm_permute_ps(half, 0xB1)));
 }
 
+// Blocks of rows of weights times blocks of rows of activations: body(row_count, tokens, row, token), the counts as constants.
+template <class Body>
+void for_blocks(int64_t rows, int64_t tokens, const Body& body) {
+    in_blocks<4>(rows, [&](auto row_count, int64_t row) { in_blocks<2>(tokens, [&](auto token_count, int64_t token) { body(row_count, token_count, row, token); }); });
+}
+
 // Both operands as int16: exact for every int8.
-void row_product(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
+[[gnu::flatten]] void row_product(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
     const int64_t whole = features / 16 * 16;
-    in_blocks<4>(rows, [&](auto row_block, int64_t row) {
-        constexpr int row_count = decltype(row_block)::value;
-        in_blocks<2>(x.count, [&](auto token_block, int64_t token) {
-            constexpr int tokens = decltype(token_block)::value;
-            __m256i sum[row_count][tokens];
-            for (auto& of_row : sum)
-                for (auto& one : of_row) one = _mm256_setzero_si256();
-            for (int64_t k = 0; k < whole; k += 16) {
-                __m256i input[tokens];
-                for (int m = 0; m < tokens; m++) input[m] = _mm256_cvtepi8_epi16(load_half(x.data + (token + m) * x.stride + k));
-                for (int r = 0; r < row_count; r++) {
-                    const __m256i w = _mm256_cvtepi8_epi16(load_half(weight + (row + r) * features + k));
-                    for (int m = 0; m < tokens; m++) sum[r][m] = _mm256_add_epi32(sum[r][m], _mm256_madd_epi16(w, input[m]));
-                }
-            }
-            for (int r = 0; r < row_count; r++)
-                for (int m = 0; m < tokens; m++) {
-                    int32_t total = sum_lanes(sum[r][m]);
-                    for (int64_t k = whole; k < features; k++) total += weight[(row + r) * features + k] * x.data[(token + m) * x.stride + k];
-                    sums[(token + m) * rows + row + r] = total;
-                }
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m256i sum[row_count][tokens], input[tokens];
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_si256(); });
+        for (int64_t k = 0; k < whole; k += 16) {
+            repeat<tokens>([&](auto m) { input[m] = _mm256_cvtepi8_epi16(load_half(x.data + (token + m) * x.stride + k)); });
+            repeat<row_count>([&](auto r) {
+                const __m256i w = _mm256_cvtepi8_epi16(load_half(weight + (row + r) * features + k));
+                repeat<tokens>([&](auto m) { sum[r][m] = _mm256_add_epi32(sum[r][m], _mm256_madd_epi16(w, input[m])); });
+            });
+        }
+        repeat<row_count, tokens>([&](auto r, auto m) {
+            int32_t total = sum_lanes(sum[r][m]);
+            for (int64_t k = whole; k < features; k++) total += weight[(row + r) * features + k] * x.data[(token + m) * x.stride + k];
+            sums[(token + m) * rows + row + r] = total;
         });
     });
 }
 
-void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
+[[gnu::flatten]] void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
     const int64_t whole = features / 8 * 8;
-    in_blocks<4>(rows, [&](auto row_block, int64_t row) {
-        constexpr int row_count = decltype(row_block)::value;
-        in_blocks<2>(x.count, [&](auto token_block, int64_t token) {
-            constexpr int tokens = decltype(token_block)::value;
-            __m256 sum[row_count][tokens];
-            for (auto& of_row : sum)
-                for (auto& one : of_row) one = _mm256_setzero_ps();
-            for (int64_t k = 0; k < whole; k += 8) {
-                __m256 input[tokens];
-                for (int m = 0; m < tokens; m++) input[m] = _mm256_loadu_ps(x.data + (token + m) * x.stride + k);
-                for (int r = 0; r < row_count; r++) {
-                    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight + (row + r) * features + k));
-                    const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-                    for (int m = 0; m < tokens; m++) sum[r][m] = _mm256_fmadd_ps(w, input[m], sum[r][m]);
-                }
-            }
-            for (int r = 0; r < row_count; r++)
-                for (int m = 0; m < tokens; m++) {
-                    float total = sum_lanes(sum[r][m]);
-                    for (int64_t k = whole; k < features; k++) total += static_cast<float>(weight[(row + r) * features + k]) * x.data[(token + m) * x.stride + k];
-                    sums[(token + m) * rows + row + r] = total;
-                }
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m256 sum[row_count][tokens], input[tokens];
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_ps(); });
+        for (int64_t k = 0; k < whole; k += 8) {
+            repeat<tokens>([&](auto m) { input[m] = _mm256_loadu_ps(x.data + (token + m) * x.stride + k); });
+            repeat<row_count>([&](auto r) {
+                const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight + (row + r) * features + k));
+                const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                repeat<tokens>([&](auto m) { sum[r][m] = _mm256_fmadd_ps(w, input[m], sum[r][m]); });
+            });
+        }
+        repeat<row_count, tokens>([&](auto r, auto m) {
+            float total = sum_lanes(sum[r][m]);
+            for (int64_t k = whole; k < features; k++) total += static_cast<float>(weight[(row + r) * features + k]) * x.data[(token + m) * x.stride + k];
+            sums[(token + m) * rows + row + r] = total;
         });
     });
 }
@@ -245,7 +241,7 @@ void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* 
         }
 }
 
-void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
+[[gnu::flatten]] void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
     in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
         for (int part = 0; part < rows; part++) {
@@ -253,15 +249,13 @@ void float_product(const float* values, int64_t inputs, FloatRows x, float* sums
             const float* column = values + part * registers * 8;
             float* y = sums + first * kTileOutputs + part * registers * 8;
             __m256 sum[rows][registers];
-            for (int r = 0; r < rows; r++)
-                for (int q = 0; q < registers; q++) sum[r][q] = _mm256_loadu_ps(y + r * kTileOutputs + 8 * q);
+            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = _mm256_loadu_ps(y + r * kTileOutputs + 8 * q); });
             for (int64_t k = 0; k < inputs; k++, column += kTileOutputs, input++)
-                for (int q = 0; q < registers; q++) {
+                repeat<registers>([&](auto q) {
                     const __m256 value = _mm256_loadu_ps(column + 8 * q);
-                    for (int r = 0; r < rows; r++) sum[r][q] = _mm256_fmadd_ps(_mm256_set1_ps(input[r * x.stride]), value, sum[r][q]);
-                }
-            for (int r = 0; r < rows; r++)
-                for (int q = 0; q < registers; q++) _mm256_storeu_ps(y + r * kTileOutputs + 8 * q, sum[r][q]);
+                    repeat<rows>([&](auto r) { sum[r][q] = _mm256_fmadd_ps(_mm256_set1_ps(input[r * x.stride]), value, sum[r][q]); });
+                });
+            repeat<rows, registers>([&](auto r, auto q) { _mm256_storeu_ps(y + r * kTileOutputs + 8 * q, sum[r][q]); });
         }
     });
 }

@@ -112,29 +112,26 @@ void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
 }
 
 // vpmaddubsw wants an unsigned operand: |x|, with its sign given to the levels. 2 * 128 * 127 fits int16, so nothing saturates.
-void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
     in_blocks<4>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
         const int8_t* input = x.data + first * x.stride;
         int32_t* y = sums + first * kTileOutputs;
-        __m512i sum[rows][4];
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q);
+        __m512i sum[rows][4], level[4];
+        repeat<rows, 4>([&](auto r, auto q) { sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q); });
         for (int64_t t = 0; t < tiles; t++) {
-            __m512i level[4];
-            for (int q = 0; q < 4; q++) level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q);
-            for (int r = 0; r < rows; r++) {
+            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
+            repeat<rows>([&](auto r) {
                 const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs), magnitude = _mm512_abs_epi8(four);
                 const __mmask64 negative = _mm512_movepi8_mask(four);
-                for (int q = 0; q < 4; q++) {
+                repeat<4>([&](auto q) {
                     const __m512i pairs = _mm512_maddubs_epi16(magnitude, _mm512_mask_sub_epi8(level[q], negative, zero, level[q]));
                     sum[r][q] = _mm512_add_epi32(sum[r][q], _mm512_madd_epi16(pairs, ones));
-                }
-            }
+                });
+            });
         }
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]);
+        repeat<rows, 4>([&](auto r, auto q) { _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]); });
     });
 }
 

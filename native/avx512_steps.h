@@ -45,80 +45,74 @@ void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* 
         }
 }
 
-void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
+[[gnu::flatten]] void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
         const float* input = x.data + first * x.stride;
         float* y = sums + first * kTileOutputs;
-        __m512 sum[rows][4];
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) sum[r][q] = _mm512_loadu_ps(y + r * kTileOutputs + 16 * q);
+        __m512 sum[rows][4], value[4];
+        repeat<rows, 4>([&](auto r, auto q) { sum[r][q] = _mm512_loadu_ps(y + r * kTileOutputs + 16 * q); });
         for (int64_t k = 0; k < inputs; k++) {
-            __m512 value[4];
-            for (int q = 0; q < 4; q++) value[q] = _mm512_loadu_ps(values + k * kTileOutputs + 16 * q);
-            for (int r = 0; r < rows; r++) {
+            repeat<4>([&](auto q) { value[q] = _mm512_loadu_ps(values + k * kTileOutputs + 16 * q); });
+            repeat<rows>([&](auto r) {
                 const __m512 one = _mm512_set1_ps(input[r * x.stride + k]);
-                for (int q = 0; q < 4; q++) sum[r][q] = _mm512_fmadd_ps(one, value[q], sum[r][q]);
-            }
+                repeat<4>([&](auto q) { sum[r][q] = _mm512_fmadd_ps(one, value[q], sum[r][q]); });
+            });
         }
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) _mm512_storeu_ps(y + r * kTileOutputs + 16 * q, sum[r][q]);
+        repeat<rows, 4>([&](auto r, auto q) { _mm512_storeu_ps(y + r * kTileOutputs + 16 * q, sum[r][q]); });
     });
 }
 
-void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
-    in_blocks<4>(rows, [&](auto row_block, int64_t row) {
-        constexpr int row_count = decltype(row_block)::value;
-        in_blocks<4>(x.count, [&](auto token_block, int64_t token) {
-            constexpr int tokens = decltype(token_block)::value;
-            __m512 sum[row_count][tokens];
-            for (auto& of_row : sum)
-                for (auto& one : of_row) one = _mm512_setzero_ps();
-            for (int64_t k = 0; k < features; k += 16) {
-                const __mmask16 valid = features - k >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (features - k)) - 1);
-                __m512 input[tokens];
-                for (int m = 0; m < tokens; m++) input[m] = _mm512_maskz_loadu_ps(valid, x.data + (token + m) * x.stride + k);
-                for (int r = 0; r < row_count; r++) {
-                    const __m128i bytes = _mm_maskz_loadu_epi8(valid, weight + (row + r) * features + k);
-                    const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-                    for (int m = 0; m < tokens; m++) sum[r][m] = _mm512_fmadd_ps(value, input[m], sum[r][m]);
-                }
-            }
-            for (int r = 0; r < row_count; r++)
-                for (int m = 0; m < tokens; m++) sums[(token + m) * rows + row + r] = _mm512_reduce_add_ps(sum[r][m]);
-        });
+// Blocks of rows of weights times blocks of rows of activations: body(row_count, tokens, row, token), the counts as constants.
+template <class Body>
+void for_blocks(int64_t rows, int64_t tokens, const Body& body) {
+    in_blocks<4>(rows, [&](auto row_count, int64_t row) { in_blocks<4>(tokens, [&](auto token_count, int64_t token) { body(row_count, token_count, row, token); }); });
+}
+
+[[gnu::flatten]] void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m512 sum[row_count][tokens], input[tokens];
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm512_setzero_ps(); });
+        for (int64_t k = 0; k < features; k += 16) {
+            const __mmask16 valid = features - k >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (features - k)) - 1);
+            repeat<tokens>([&](auto m) { input[m] = _mm512_maskz_loadu_ps(valid, x.data + (token + m) * x.stride + k); });
+            repeat<row_count>([&](auto r) {
+                const __m128i bytes = _mm_maskz_loadu_epi8(valid, weight + (row + r) * features + k);
+                const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+                repeat<tokens>([&](auto m) { sum[r][m] = _mm512_fmadd_ps(value, input[m], sum[r][m]); });
+            });
+        }
+        repeat<row_count, tokens>([&](auto r, auto m) { sums[(token + m) * rows + row + r] = _mm512_reduce_add_ps(sum[r][m]); });
     });
 }
 
-// Rows of int8 against rows of int8. Dot says how `Dot::inputs` bytes at a time are loaded and multiplied; it adds bias(sum of x) to every product.
+inline int32_t sum_of(const int8_t* x, int64_t count) {
+    int32_t sums[2];
+    pair_sums(x, count / 2 * 2, sums);
+    return sums[0] + sums[1] + (count % 2 ? x[count - 1] : 0);
+}
+
+// Rows of int8 against rows of int8. Dot says how `Dot::inputs` bytes at a time are loaded and multiplied; each product is too large by Dot::bias * sum(x).
 template <class Dot>
-void row_product_with(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
-    in_blocks<4>(x.count, [&](auto token_block, int64_t token) {
-        constexpr int tokens = decltype(token_block)::value;
-        int32_t bias[tokens];
-        for (int m = 0; m < tokens; m++) {
-            int32_t of_x[2] = {0, 0};
-            const int8_t* input = x.data + (token + m) * x.stride;
-            pair_sums(input, features / 2 * 2, of_x);
-            bias[m] = Dot::bias * (of_x[0] + of_x[1] + (features % 2 ? input[features - 1] : 0));
+[[gnu::flatten]] void row_product_with(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
+    for (int64_t m = 0; m < x.count; m++) {
+        const int32_t excess = Dot::bias == 0 ? 0 : Dot::bias * sum_of(x.data + m * x.stride, features);
+        for (int64_t r = 0; r < rows; r++) sums[m * rows + r] = -excess;
+    }
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m512i sum[row_count][tokens], input[tokens];
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm512_setzero_si512(); });
+        for (int64_t k = 0; k < features; k += Dot::inputs) {
+            const uint64_t valid = features - k >= Dot::inputs ? ~0ull : (1ull << (features - k)) - 1;
+            repeat<tokens>([&](auto m) { input[m] = Dot::activations(valid, x.data + (token + m) * x.stride + k); });
+            repeat<row_count>([&](auto r) {
+                const __m512i w = Dot::weights(valid, weight + (row + r) * features + k);
+                repeat<tokens>([&](auto m) { sum[r][m] = Dot::add_product(sum[r][m], w, input[m]); });
+            });
         }
-        in_blocks<4>(rows, [&](auto row_block, int64_t row) {
-            constexpr int row_count = decltype(row_block)::value;
-            __m512i sum[row_count][tokens];
-            for (auto& of_row : sum)
-                for (auto& one : of_row) one = _mm512_setzero_si512();
-            for (int64_t k = 0; k < features; k += Dot::inputs) {
-                const uint64_t valid = features - k >= Dot::inputs ? ~0ull : (1ull << (features - k)) - 1;
-                __m512i input[tokens];
-                for (int m = 0; m < tokens; m++) input[m] = Dot::activations(valid, x.data + (token + m) * x.stride + k);
-                for (int r = 0; r < row_count; r++) {
-                    const __m512i w = Dot::weights(valid, weight + (row + r) * features + k);
-                    for (int m = 0; m < tokens; m++) sum[r][m] = Dot::add_product(sum[r][m], w, input[m]);
-                }
-            }
-            for (int r = 0; r < row_count; r++)
-                for (int m = 0; m < tokens; m++) sums[(token + m) * rows + row + r] = _mm512_reduce_add_epi32(sum[r][m]) + bias[m];
-        });
+        repeat<row_count, tokens>([&](auto r, auto m) { sums[(token + m) * rows + row + r] += _mm512_reduce_add_epi32(sum[r][m]); });
     });
 }
 

@@ -101,56 +101,50 @@ void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
 constexpr int kFusedRows = 4;
 
 template <class Decoder>
-void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+[[gnu::flatten]] void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
     const Decoder decoder;
     in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
         const int8_t* input = x.data + first * x.stride;
         int32_t* y = sums + first * kTileOutputs;
-        __m512i sum[rows][kSteps];
-        for (int r = 0; r < rows; r++)
-            for (int step = 0; step < kSteps; step++) sum[r][step] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * step);
+        __m512i sum[rows][kSteps], four[rows];
+        repeat<rows, kSteps>([&](auto r, auto step) { sum[r][step] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * step); });
         const uint8_t* at = packed;
         for (int64_t t = 0; t < tiles; t++, at += tile_bytes(Decoder::bits), input += kTileInputs) {
             prefetch_tile(at);
             const Tile<Decoder::bits> tile(at);
-            __m512i four[rows];
-            for (int r = 0; r < rows; r++) four[r] = broadcast_four(input + r * x.stride);
-            for (int step = 0; step < kSteps; step++) {
+            repeat<rows>([&](auto r) { four[r] = broadcast_four(input + r * x.stride); });
+            repeat<kSteps>([&](auto step) {
                 const __m512i levels = decoder.decode(tile, step);
-                for (int r = 0; r < rows; r++) sum[r][step] = _mm512_dpbusd_epi32(sum[r][step], levels, four[r]);
-            }
+                repeat<rows>([&](auto r) { sum[r][step] = _mm512_dpbusd_epi32(sum[r][step], levels, four[r]); });
+            });
         }
-        for (int r = 0; r < rows; r++)
-            for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(y + r * kTileOutputs + 16 * step, sum[r][step]);
+        repeat<rows, kSteps>([&](auto r, auto step) { _mm512_storeu_si512(y + r * kTileOutputs + 16 * step, sum[r][step]); });
     });
 }
 
-void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
         const int8_t* input = x.data + first * x.stride;
         int32_t* y = sums + first * kTileOutputs;
-        __m512i sum[rows][4];
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q);
+        __m512i sum[rows][4], level[4];
+        repeat<rows, 4>([&](auto r, auto q) { sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q); });
         for (int64_t t = 0; t < tiles; t++) {
-            __m512i level[4];
-            for (int q = 0; q < 4; q++) level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q);
-            for (int r = 0; r < rows; r++) {
+            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
+            repeat<rows>([&](auto r) {
                 const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
-                for (int q = 0; q < 4; q++) sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four);
-            }
+                repeat<4>([&](auto q) { sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four); });
+            });
         }
-        for (int r = 0; r < rows; r++)
-            for (int q = 0; q < 4; q++) _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]);
+        repeat<rows, 4>([&](auto r, auto q) { _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]); });
     });
 }
 
 // Weight + 128 is the unsigned operand.
 struct BiasedDot {
     static constexpr int inputs = 64;
-    static constexpr int32_t bias = -kBias;
+    static constexpr int32_t bias = kBias;
     static __m512i activations(uint64_t valid, const int8_t* x) { return _mm512_maskz_loadu_epi8(valid, x); }
     static __m512i weights(uint64_t valid, const int8_t* w) { return _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w), _mm512_set1_epi8(-128)); }
     static __m512i add_product(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }

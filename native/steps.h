@@ -6,11 +6,23 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "kernel_table.h"
 
 namespace septet {
 namespace {
+
+// body(0) .. body(n - 1) with constants, so that a compiler keeps the small arrays they index in registers. Use it in [[gnu::flatten]] functions.
+template <class Body, int... i>
+void repeat(const Body& body, std::integer_sequence<int, i...>) { (body(std::integral_constant<int, i>{}), ...); }
+template <int n, class Body>
+void repeat(const Body& body) { repeat(body, std::make_integer_sequence<int, n>{}); }
+// body(i, j) for all i < n, j < m.
+template <int n, int m, class Body>
+void repeat(const Body& body) {
+    repeat<n>([&](auto i) { repeat<m>([&](auto j) { body(i, j); }); });
+}
 
 // Calls body(constant n, first) for blocks of n = `most` items, and once for what is left.
 template <int n, class Body>
