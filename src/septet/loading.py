@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from septet import model
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.errors import CheckpointError, OptionError, SeptetError, UnsupportedModelError
-from septet.quantize.planned import PlannedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +150,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def plan_checkpoint(directory: ModelDirectory, options: QuantizeOptions) -> list[list[PlannedLayer]]:
+def plan_checkpoint(directory: ModelDirectory, options: QuantizeOptions) -> list[model.LayerPlan]:
     """Find the layers of a model on disk that will be quantized; `checkpoint.stream.Hooks` asks for this.
 
     Args:
@@ -159,7 +158,7 @@ def plan_checkpoint(directory: ModelDirectory, options: QuantizeOptions) -> list
         options: of the run.
 
     Returns:
-        Groups of layers that are quantized together.
+        The layers, groups that are quantized together next to each other.
 
     Raises:
         CheckpointError, UnsupportedModelError: transformers cannot build the model, or it has no layers to quantize.
@@ -170,13 +169,7 @@ def plan_checkpoint(directory: ModelDirectory, options: QuantizeOptions) -> list
     config = _translated(directory.path, lambda: transformers.AutoConfig.from_pretrained(str(directory.path), local_files_only=True))
     with torch.device("meta"):
         skeleton = _translated(directory.path, lambda: transformers.AutoModelForCausalLM.from_config(config))
-    groups: dict[str, list[PlannedLayer]] = {}
-    for layer in model.plan(skeleton, options):
-        planned = PlannedLayer(
-            layer.name, layer.shape, layer.code, layer.bits_per_pair, layer.role, layer.tied_names, layer.kind == "conv1d"
-        )
-        groups.setdefault(layer.group, []).append(planned)
-    return list(groups.values())
+    return model.plan(skeleton, options)
 
 
 def resolve_source(source: str) -> Path:

@@ -15,7 +15,7 @@ from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
-from septet.quantize.planned import PlannedLayer
+from septet.model import LayerPlan
 
 __all__ = ["Progress", "Run", "fill"]
 
@@ -62,15 +62,15 @@ class Run:
 _Places = dict[str, tuple[str, int]]
 
 
-def fill(run: Run, groups: list[list[PlannedLayer]], made_from: dict) -> None:
+def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
     """Make all files of the checkpoint.
 
     Args:
         run: where and how.
-        groups: layers to quantize; those of one group share their inputs.
+        layers: what to quantize.
         made_from: goes into septet.json.
     """
-    jobs = list_jobs(run.source, groups, run.options)
+    jobs = list_jobs(run.source, layers, run.options)
     shards = plan_shards([tensor for job in jobs for tensor in job.writes], run.options.max_shard_bytes)
     places = {key: (shard.name, offset) for shard in shards for key, offset in shard.offsets.items()}
     run.workspace.reserve(shards)
@@ -152,7 +152,10 @@ def _write_beside(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
         run.workspace.write_file(name, (run.source.path / name).read_bytes())
     if len(shards) > 1:
         run.workspace.write_file(INDEX_NAME, _json_bytes(index_of(shards)))
-    run.workspace.write_file(CONFIG_NAME, _json_bytes(run.source.config | {"quantization_config": entry}))
+    config = run.source.config | {"quantization_config": entry}
+    if any(layer.source for job in jobs for layer in job.layers):
+        config["tie_word_embeddings"] = False
+    run.workspace.write_file(CONFIG_NAME, _json_bytes(config))
 
 
 def _write_hashes(run: Run, shards: list[Shard], made_from: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,12 @@ from septet.checkpoint.layout import OutputTensor
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
 from septet.errors import CheckpointError
+from septet.model import LayerPlan
 from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
-from septet.quantize.planned import PlannedLayer
+from septet.quantize.head import RowSource
 from septet.quantize.stored import stored_arrays
 
-__all__ = ["Job", "list_jobs", "quantize_job"]
+__all__ = ["Job", "list_jobs", "quantize_group", "quantize_job", "source_key"]
 
 _STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
 
@@ -32,29 +34,32 @@ class Job:
     """
 
     name: str
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[LayerPlan, ...]
     writes: tuple[OutputTensor, ...]
     source_bytes: int
 
 
-def list_jobs(source: ModelDirectory, groups: list[list[PlannedLayer]], options: QuantizeOptions) -> list[Job]:
+def list_jobs(source: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions) -> list[Job]:
     """All jobs in the order of the plan, copies last.
 
     Args:
         source: the model to quantize.
-        groups: layers to quantize; those of one group share their inputs.
+        layers: what to quantize; those of one group share their inputs and become one job.
         options: of the run.
 
     Raises:
         CheckpointError: the source lacks a layer, or has it in another shape or in a dtype that cannot be quantized.
     """
     jobs, taken = [], set()
-    for group in groups:
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer)
+    for group in groups.values():
         for layer in group:
             _check_layer(source, layer)
-            taken |= {layer.key, *(f"{name}.weight" for name in layer.tied)}
+            taken |= {f"{name}.weight" for name in (layer.name, *layer.tied_names)}
         writes = tuple(tensor for layer in group for tensor in _outputs(layer, options))
-        size = sum(source.entry(layer.key).size_bytes for layer in group)
+        size = sum(source.entry(source_key(layer)).size_bytes for layer in group)
         jobs.append(Job(group[0].name, tuple(group), writes, size))
     for key in source.owners:
         if key not in taken:
@@ -63,21 +68,27 @@ def list_jobs(source: ModelDirectory, groups: list[list[PlannedLayer]], options:
     return jobs
 
 
-def _check_layer(source: ModelDirectory, layer: PlannedLayer) -> None:
-    if layer.key not in source.owners:
+def source_key(layer: LayerPlan) -> str:
+    """Under which key the source has a layer's weight."""
+    return f"{layer.source or layer.name}.weight"
+
+
+def _check_layer(source: ModelDirectory, layer: LayerPlan) -> None:
+    key = source_key(layer)
+    if key not in source.owners:
         hint = "the checkpoint is incomplete, or its config.json belongs to another model"
-        raise CheckpointError(f"the checkpoint must hold {layer.key}", f"{len(source.owners)} other tensors", hint)
-    entry = source.entry(layer.key)
-    wanted = layer.shape[::-1] if layer.transposed else layer.shape
+        raise CheckpointError(f"the checkpoint must hold {key}", f"{len(source.owners)} other tensors", hint)
+    entry = source.entry(key)
+    wanted = layer.shape[::-1] if layer.kind == "conv1d" else layer.shape
     if entry.shape != wanted:
         hint = "config.json and the weights do not belong together; fetch both again"
-        raise CheckpointError(f"{layer.key} must have the shape {list(wanted)} that config.json asks for", list(entry.shape), hint)
+        raise CheckpointError(f"{key} must have the shape {list(wanted)} that config.json asks for", list(entry.shape), hint)
     if entry.dtype not in FLOAT_DTYPES:
         hint = "start from the unquantized model"
-        raise CheckpointError(f"{layer.key} must have one of the dtypes {', '.join(FLOAT_DTYPES)}", entry.dtype, hint)
+        raise CheckpointError(f"{key} must have one of the dtypes {', '.join(FLOAT_DTYPES)}", entry.dtype, hint)
 
 
-def _outputs(layer: PlannedLayer, options: QuantizeOptions) -> list[OutputTensor]:
+def _outputs(layer: LayerPlan, options: QuantizeOptions) -> list[OutputTensor]:
     """The tensors a layer is stored as."""
     entry = {
         "code": layer.code,
@@ -94,14 +105,35 @@ def _outputs(layer: PlannedLayer, options: QuantizeOptions) -> list[OutputTensor
 
 def quantize_job(source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int) -> list[QuantizedTensor]:
     """Quantize the layers of a job."""
-    names = [layer.name for layer in job.layers]
-    matrices = [StoredMatrix(source.file_of(layer.key), layer.key) for layer in job.layers]
-    code = job.layers[0].code
+    matrices: list[StoredMatrix | np.ndarray] = []
+    for layer in job.layers:
+        stored = StoredMatrix(source.file_of(source_key(layer)), source_key(layer))
+        if layer.kind == "conv1d":
+            matrices.append(np.ascontiguousarray(stored[:].T))
+        else:
+            # An int8 matrix is large and its rows are independent, so it is read as it goes.
+            matrices.append(stored if layer.code == "int8" else stored[:])
+    return quantize_group(job.layers, matrices, options, threads)
+
+
+def quantize_group(
+    layers: Sequence[LayerPlan], matrices: Sequence[RowSource], options: QuantizeOptions, threads: int = 0
+) -> list[QuantizedTensor]:
+    """Quantize layers that belong together.
+
+    Args:
+        layers: one group of a plan.
+        matrices: float32 [N_i, K] each; for code int8 anything that hands out rows.
+        options: how.
+        threads: 0 is the default number; the result does not depend on it.
+
+    Raises:
+        CodeRangeError: a weight is not finite or too large.
+    """
+    names, code = [layer.name for layer in layers], layers[0].code
     if code == "int8":
-        whole = [matrix[:].T if layer.transposed else matrix for layer, matrix in zip(job.layers, matrices)]
-        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(whole, names)]
-    weights = (np.ascontiguousarray(matrix[:].T) if layer.transposed else matrix[:] for layer, matrix in zip(job.layers, matrices))
+        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
     if code == "split":
         chosen = options.symmetric, options.granularity, options.group_size, options.range_method
-        return [quantize_split(weight, *chosen, threads, name) for weight, name in zip(weights, names)]
-    return quantize_trellis(list(weights), names, job.layers[0].bits_per_pair, options.rotation_block, options.seed, threads)
+        return [quantize_split(matrix, *chosen, threads, name) for matrix, name in zip(matrices, names)]
+    return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads)

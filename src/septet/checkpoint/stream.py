@@ -19,7 +19,7 @@ from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, UnsupportedModelError
-from septet.quantize.planned import PlannedLayer
+from septet.model import LayerPlan
 
 __all__ = ["Hooks", "Progress", "quantize_checkpoint"]
 
@@ -29,12 +29,12 @@ class Hooks:
     """What the caller brings along.
 
     Args:
-        plan: (source directory, options) -> groups of layers to quantize.
+        plan: (opened source, options) -> layers to quantize; those of one group are done together.
         progress: called with every Progress.
         convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
     """
 
-    plan: Callable[[ModelDirectory, QuantizeOptions], list[list[PlannedLayer]]]
+    plan: Callable[[ModelDirectory, QuantizeOptions], list[LayerPlan]]
     progress: Callable[[Progress], None] = lambda event: None
     convert_gguf: Callable[[Path, Path], None] | None = None
 
