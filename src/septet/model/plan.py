@@ -60,6 +60,15 @@ class LayerPlan:
     tied_names: tuple[str, ...] = ()
     source: str | None = None
 
+    def config(self) -> dict[str, object]:
+        """What of it stands in the layer's entry of config.json, beside `QuantizedTensor.config`."""
+        described: dict[str, object] = {"role": self.role}
+        if self.tied_names:
+            described["tied"] = list(self.tied_names)
+        if self.kind == "conv1d":
+            described["transposed"] = True
+        return described
+
 
 def plan(model: nn.Module, options: PlanOptions, keep: Iterable[str] = ()) -> list[LayerPlan]:
     """List the layers to quantize.
