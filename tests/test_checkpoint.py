@@ -11,15 +11,15 @@ import time
 import zlib
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 
+import checkpoints
 from septet import checkpoint
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
 from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file
-from septet.errors import CheckpointError, CodeRangeError, OptionError, UnsupportedModelError
+from septet.errors import CheckpointError
 from septet.quantize import quantize_split, quantize_trellis
 
 GROUP = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
@@ -77,7 +77,9 @@ def test_everything_else_travels_byte_for_byte(source: Path, out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config.pop("quantization_config")
     assert config == json.loads((source / "config.json").read_text())
-    assert sorted(path.name for path in out.iterdir()) == sorted([*checkpoints.COMPANIONS, "config.json", "model.safetensors", "septet.json"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*checkpoints.COMPANIONS, "config.json", "model.safetensors", "septet.json"]
+    )
 
 
 def test_checksums_are_crc32_of_every_tensor(source: Path, out: Path) -> None:
