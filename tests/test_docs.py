@@ -72,6 +72,13 @@ def test_example_one_matrix_runs() -> None:
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["backend", "split", "trellis"]
 
 
+def test_example_in_transformers_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    words = [sys.executable, ROOT / "examples" / "quantize_in_transformers.py", tiny_model_dir, tmp_path / "out"]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "same logits after reloading: True" in result.stdout
+
+
 @pytest.mark.parametrize("tool", ["generate_tables.py"])
 def test_generated_files_regenerate_to_themselves(tool: str) -> None:
     result = subprocess.run([sys.executable, ROOT / "tools" / tool, "--check"], capture_output=True, text=True)
