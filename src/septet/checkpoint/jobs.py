@@ -14,8 +14,8 @@ from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
 from septet.errors import CheckpointError
 from septet.model import LayerPlan
 from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
-from septet.quantize.head import RowSource
 from septet.quantize.stored import stored_arrays
+from septet.quantize.tensor import RowSource
 
 __all__ = ["Job", "list_jobs", "quantize_group", "quantize_job", "source_key"]
 
@@ -105,14 +105,10 @@ def _outputs(layer: LayerPlan, options: QuantizeOptions) -> list[OutputTensor]:
 
 def quantize_job(source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int) -> list[QuantizedTensor]:
     """Quantize the layers of a job."""
-    matrices: list[StoredMatrix | np.ndarray] = []
+    matrices: list[RowSource] = []
     for layer in job.layers:
         stored = StoredMatrix(source.file_of(source_key(layer)), source_key(layer))
-        if layer.kind == "conv1d":
-            matrices.append(np.ascontiguousarray(stored[:].T))
-        else:
-            # An int8 matrix is large and its rows are independent, so it is read as it goes.
-            matrices.append(stored if layer.code == "int8" else stored[:])
+        matrices.append(np.ascontiguousarray(stored[:].T) if layer.kind == "conv1d" else stored)
     return quantize_group(job.layers, matrices, options, threads)
 
 
@@ -123,7 +119,7 @@ def quantize_group(
 
     Args:
         layers: one group of a plan.
-        matrices: float32 [N_i, K] each; for code int8 anything that hands out rows.
+        matrices: [N_i, K] each, arrays or anything that hands out rows as float32.
         options: how.
         threads: 0 is the default number; the result does not depend on it.
 
@@ -135,5 +131,5 @@ def quantize_group(
         return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
     if code == "split":
         chosen = options.symmetric, options.granularity, options.group_size, options.range_method
-        return [quantize_split(matrix, *chosen, threads, name) for matrix, name in zip(matrices, names)]
+        return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
     return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads)

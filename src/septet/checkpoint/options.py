@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from septet.errors import OptionError
 from septet.kernels.weights import SEGMENTS
 from septet.quantize.ranges import METHODS
-from septet.quantize.units import GRANULARITIES
+from septet.quantize.split import GRANULARITIES
 
 __all__ = ["FORMAT_VERSION", "HEADS", "QuantizeOptions"]
 

@@ -95,6 +95,7 @@ class StoredMatrix:
 
     file: TensorFile
     key: str
+    dtype = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, int]:

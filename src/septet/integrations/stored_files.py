@@ -15,7 +15,7 @@ from septet.checkpoint.directory import ModelDirectory
 from septet.checkpoint.integrity import crc32_text
 from septet.checkpoint.tensor_file import TensorFile, open_tensor_file
 from septet.errors import CheckpointError
-from septet.quantize.units import default_threads
+from septet.quantize.threads import default_threads
 
 __all__ = ["check_files"]
 

@@ -6,26 +6,16 @@ The scale is absmax / 127 rounded up to fp16, so that nothing is clipped.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from septet.errors import ShapeError
 from septet.quantize import rotation, scales
-from septet.quantize.tensor import QuantizedTensor
+from septet.quantize.tensor import QuantizedTensor, RowSource
 
-__all__ = ["INT8_BITS_PER_PAIR", "RowSource", "quantize_int8"]
+__all__ = ["INT8_BITS_PER_PAIR", "quantize_int8"]
 
 INT8_BITS_PER_PAIR = 16
 _LARGEST = 127
-
-
-class RowSource(Protocol):
-    """A matrix that hands out rows on demand; a NumPy array is one, and so is a tensor still on disk."""
-
-    shape: tuple[int, int]
-
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
 
 
 def quantize_int8(weight: RowSource, name: str, rotation_block: int = 256, seed: int = 0) -> QuantizedTensor:

@@ -18,10 +18,10 @@ __all__ = [
     "column_norms",
     "headroom",
     "ratio_of_norms",
-    "relative_error",
     "round_to_float16",
     "row_norms",
     "scale_exponent",
+    "squared_sums",
     "sum_all",
     "sum_columns",
     "sum_rows",
@@ -224,20 +224,15 @@ def _clipped_energy(values: np.ndarray, reach: float, block: int) -> np.ndarray:
     return sum_rows(sums.reshape(-1, block)) / (block * values.shape[1])
 
 
-def relative_error(weight: np.ndarray, decoded: np.ndarray) -> float:
-    """|weight - decoded| / |weight| in the Frobenius norm, six digits; 0 when both are 0.
-
-    Args:
-        weight: float32 [N, K].
-        decoded: float32 [N, K].
-    """
+def squared_sums(weight: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
+    """Sum of (weight - decoded)^2 and sum of weight^2 of two float32 [N, K]."""
     difference = energy = 0.0
     for start, stop in row_pieces(weight.shape):
         rows = weight[start:stop].astype(np.float64)
         energy += sum_all(rows * rows)
         rows -= decoded[start:stop]
         difference += sum_all(rows * rows)
-    return ratio_of_norms(difference, energy)
+    return difference, energy
 
 
 def ratio_of_norms(difference: float, energy: float) -> float:

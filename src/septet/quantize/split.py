@@ -1,35 +1,74 @@
-"""Cut a matrix into units that share a scale, quantize them piece by piece, put codes and scales together again.
+"""Quantizing with the memoryless code: cut a matrix into units that share a scale, quantize each, put codes and scales together again.
 
-A unit is a row (channel), a run of `group` inputs of a row (group) or everything (tensor). Pieces of units are independent, so
-they run on threads; their size follows the cache, never the number of threads.
+A unit is a row (channel), a run of `group_size` inputs of a row (group) or everything (tensor). Pieces of units are independent, so
+they run on threads; their size follows the cache, never the number of threads. Padding to whole tiles is symbol 0.
 """
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
-from septet.quantize.ranges import fit_fields, quantize_field
+from septet.codes import split as split_code
+from septet.codes.tile import tiles_of_matrix
+from septet.errors import OptionError
+from septet.kernels import select_backend
+from septet.quantize import ranges, scales
+from septet.quantize.tensor import QuantizedTensor, common_inputs, dequantize
+from septet.quantize.threads import default_threads
 
-__all__ = ["GRANULARITIES", "default_threads", "quantize_units"]
+__all__ = ["GRANULARITIES", "quantize_split"]
 
 GRANULARITIES = ("channel", "group", "tensor")
 #: Weights of one piece: its few float32 temporaries stay in a level 2 cache.
 _PIECE_WEIGHTS = 1 << 17
 
 
-def default_threads() -> int:
-    """SEPTET_THREADS, else OMP_NUM_THREADS, else the number of CPUs."""
-    for variable in ("SEPTET_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(variable, "")
-        if text.isdigit() and int(text) > 0:
-            return int(text)
-    return os.cpu_count() or 1
+def quantize_split(
+    weight: np.ndarray,
+    symmetric: bool = False,
+    granularity: str = "channel",
+    group_size: int = 128,
+    range_method: str = "mse",
+    threads: int = 0,
+    name: str = "weight",
+) -> QuantizedTensor:
+    """Quantize with the memoryless code.
+
+    Args:
+        weight: float32 [N, K], finite.
+        symmetric: store no offsets.
+        granularity: "channel" (a row), "group" (`group_size` inputs of a row) or "tensor": what shares a scale.
+        group_size: a multiple of 4, used with granularity "group".
+        range_method: "mse", "minmax" or "minmax_shared"; see `ranges`.
+        threads: 0 is the default number; the result does not depend on it.
+        name: module name, for messages.
+
+    Raises:
+        CodeRangeError: a weight is not finite, or too large for fp16 scales.
+        OptionError: an unknown granularity, method or group size.
+        ShapeError: the weight is not float32 [N, K].
+    """
+    common_inputs([weight])
+    if granularity not in GRANULARITIES:
+        raise OptionError(f"granularity must be one of {', '.join(GRANULARITIES)}", granularity, "use channel")
+    if range_method not in ranges.METHODS:
+        raise OptionError(f"the range method must be one of {', '.join(ranges.METHODS)}", range_method, "use mse")
+    if granularity == "group" and (group_size < 4 or group_size % 4):
+        raise OptionError("group_size must be a multiple of 4", group_size, "use 128")
+    scales.check_finite(scales.row_norms(weight), name)
+    group = {"channel": None, "group": group_size, "tensor": None}[granularity]
+    fields, scale, offset = _quantize_units(weight, name, symmetric, granularity, group, range_method, threads)
+    tiles = tiles_of_matrix(fields)
+    symbols = split_code.symbols_of_fields(tiles)
+    packed = select_backend().pack(np.ascontiguousarray(symbols), split_code.BITS_PER_PAIR)
+    stored = QuantizedTensor("split", split_code.BITS_PER_PAIR, weight.shape, packed, scale, offset, group_size=group)
+    return replace(stored, relative_error=scales.ratio_of_norms(*scales.squared_sums(weight, dequantize(stored))))
 
 
-def quantize_units(
+def _quantize_units(
     weight: np.ndarray, name: str, symmetric: bool, granularity: str, group: int | None, method: str, threads: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Quantize a matrix with the split code.
@@ -90,8 +129,8 @@ def _quantize_parts(
     parts: tuple[np.ndarray, np.ndarray], symmetric: bool, method: str, name: str
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | None]:
     """Codes (whole float32 numbers) of both parts [n4, U] and [n3, U], and their scales and offsets, float16 [U, 2]."""
-    fitted = fit_fields(parts, symmetric, method, name)
-    codes = [quantize_field(part, chosen) for part, chosen in zip(parts, fitted)]
+    fitted = ranges.fit_fields(parts, symmetric, method, name)
+    codes = [ranges.quantize_field(part, chosen) for part, chosen in zip(parts, fitted)]
     scale = np.stack([chosen.scale for chosen in fitted], axis=1)
     offset = None if symmetric else np.stack([chosen.offset for chosen in fitted], axis=1)
     return codes, scale, offset
