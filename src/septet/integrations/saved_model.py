@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import core_model_loading, modeling_utils
 
 from septet.checkpoint.integrity import crc32_text
 from septet.model import septet_modules
@@ -34,6 +33,9 @@ def checksums(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
     Returns:
         Tensor key -> eight hexadecimal digits.
     """
+    # Registering happens while transformers.modeling_utils is being imported; it cannot be imported before that ends.
+    from transformers import core_model_loading, modeling_utils
+
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {key: tensor for key, tensor in state_dict.items() if key not in ignored}
     kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
