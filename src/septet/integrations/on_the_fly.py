@@ -6,14 +6,17 @@ loaded in the dtype of its checkpoint. Memory peaks at the dense model plus one 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
 
+from septet.checkpoint.jobs import quantize_group
 from septet.checkpoint.options import QuantizeOptions
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan, Runtime, install
-from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
+from septet.quantize.tensor import RowSource
 
 __all__ = ["quantize_model"]
 
@@ -41,7 +44,7 @@ def quantize_model(model: nn.Module, layers: list[LayerPlan], options: QuantizeO
     described = {}
     for group in progress(list(groups.values())):
         matrices = [_matrix(model, layer) for layer in group]
-        quantized = _quantize_group(group, matrices, options)
+        quantized = quantize_group(group, matrices, options)
         del matrices
         for layer, result in zip(group, quantized):
             described[layer.name] = result.config() | layer.config()
@@ -49,21 +52,26 @@ def quantize_model(model: nn.Module, layers: list[LayerPlan], options: QuantizeO
     return described
 
 
-def _quantize_group(group: list[LayerPlan], matrices: list[np.ndarray], options: QuantizeOptions) -> list[QuantizedTensor]:
-    names, code = [layer.name for layer in group], group[0].code
-    if code == "int8":
-        return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
-    if code == "split":
-        chosen = options.symmetric, options.granularity, options.group_size, options.range_method
-        return [quantize_split(matrix, *chosen, 0, name) for matrix, name in zip(matrices, names)]
-    return quantize_trellis(matrices, names, group[0].bits_per_pair, options.rotation_block, options.seed)
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor of any float dtype, anywhere, that hands out rows as float32 arrays."""
+
+    tensor: torch.Tensor
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return tuple(self.tensor.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.tensor[rows].to("cpu", torch.float32).contiguous().numpy()
 
 
-def _matrix(model: nn.Module, layer: LayerPlan) -> np.ndarray:
-    """The weight of a layer as float32 [N, K]."""
+def _matrix(model: nn.Module, layer: LayerPlan) -> RowSource:
+    """The weight of a layer, [N, K]."""
     weight = model.get_submodule(layer.source or layer.name).weight.detach()
     if weight.device.type == "meta":
         hint = "load it without device_map, or use `septet quantize`"
         raise UnsupportedModelError("weights must be in memory to be quantized", f"{layer.name} elsewhere", hint)
-    matrix = weight.to("cpu", torch.float32).numpy()
-    return np.ascontiguousarray(matrix.T) if layer.kind == "conv1d" else matrix
+    return _Rows(weight.T if layer.kind == "conv1d" else weight)
