@@ -66,6 +66,9 @@ SEPTET_API int septet_unpack(const uint8_t* packed, int64_t tiles, int bits, uin
 /* Encoder of the trellis code. fixed: int16 [tiles, 256] quarter levels in -1020..1020 (else RANGE), stream order.
  * symbols: uint8 [tiles, 128]. */
 SEPTET_API int septet_trellis_encode(const int16_t* fixed, int64_t tiles, int bits, uint8_t* symbols, int threads);
+/* The same search with other levels, int8 [65536, 2] in -127..127 (else RANGE): how codes are compared and tables trained. */
+SEPTET_API int septet_trellis_search(const int8_t* levels, const int16_t* fixed, int64_t tiles, int bits, uint8_t* symbols,
+                                     int threads);
 
 /* A packed matrix: uint8 [rows, columns, 16*bits]; rows = R, columns = T, both at least 1, columns at most 32767. */
 typedef struct septet_tiles {

@@ -82,6 +82,15 @@ nb::object trellis_encode(const AnyArray& fixed, int bits, int threads) {
     return out.array;
 }
 
+nb::object trellis_search(const AnyArray& levels, const AnyArray& fixed, int bits, int threads) {
+    bytes_of_tile(bits);
+    const int8_t* table = view<int8_t>(levels, "levels", {65536, 2});
+    const int16_t* data = view<int16_t>(fixed, "encoder input", {kAny, 256});
+    Result<uint8_t> out({fixed.shape(0), 128});
+    run([&] { return septet_trellis_search(table, data, size_of(fixed, 0), bits, out.data, threads); }, "a value out of range");
+    return out.array;
+}
+
 nb::object hadamard(const AnyArray& x, int64_t block) {
     const float* data = view<float>(x, "x", {kAny, kAny});
     const int64_t features = size_of(x, 1);
@@ -265,6 +274,7 @@ NB_MODULE(_native, m) {
     m.def("unpack", unpack, array("packed"), nb::arg("bits"));
     m.def("trellis_levels", trellis_levels, array("packed"), nb::arg("bits"), threads);
     m.def("trellis_encode", trellis_encode, array("fixed"), nb::arg("bits"), threads);
+    m.def("trellis_search", trellis_search, array("levels"), array("fixed"), nb::arg("bits"), threads);
     m.def("split_fields", split_fields, array("packed"), threads);
     m.def("hadamard", hadamard, array("x"), nb::arg("block"));
     m.def("quantize_activations", quantize_activations, array("x"), nb::arg("segment"));

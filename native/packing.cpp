@@ -30,7 +30,7 @@ void decode_matrix(const KernelTable& kernels, const Matrix& w, int bias, uint8_
     });
 }
 
-const ViterbiTables& search_tables(int bits) {
+const WidthTables& search_tables(int bits) {
     static const auto make = [](int width) {
         Array<int8_t> levels = make_array<int8_t>(2 << 16);
         const TrellisTable& table = kTrellisTables[width - 6];
@@ -41,10 +41,33 @@ const ViterbiTables& search_tables(int bits) {
         }
         return new WidthTables(width, levels.get());  // kept for the life of the process
     };
-    if (bits == 6) { static const WidthTables* const tables = make(6); return tables->tables(); }
-    if (bits == 7) { static const WidthTables* const tables = make(7); return tables->tables(); }
+    if (bits == 6) { static const WidthTables* const tables = make(6); return *tables; }
+    if (bits == 7) { static const WidthTables* const tables = make(7); return *tables; }
     static const WidthTables* const tables = make(8);
-    return tables->tables();
+    return *tables;
+}
+
+// Both encoders, after the width is known to be right. make_tables() may throw std::bad_alloc.
+template <class MakeTables>
+int encode(const MakeTables& make_tables, const int16_t* fixed, int64_t tiles, uint8_t* symbols, int threads) {
+    if (!fits(tiles, kTileWeights)) return SEPTET_ERROR_SIZE;
+    if (tiles > 0 && (fixed == nullptr || symbols == nullptr)) return SEPTET_ERROR_NULL;
+    for (int64_t i = 0; i < tiles * kTileWeights; i++)
+        if (fixed[i] < -kFixedLimit || fixed[i] > kFixedLimit) return SEPTET_ERROR_RANGE;
+    return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
+        const auto& width = make_tables();
+        std::atomic<bool> failed{false};
+        // Whole batches, so that no thread searches a short one in the middle.
+        parallel_for(workers, ceil_divide(tiles, kBatch), [&](int64_t first_batch, int64_t last_batch) {
+            const int64_t first = first_batch * kBatch, last = std::min(last_batch * kBatch, tiles);
+            try {
+                viterbi_encode(width.tables(), *kernels.viterbi, fixed + first * kTileWeights, last - first, symbols + first * kTilePairs);
+            } catch (const std::bad_alloc&) {
+                failed = true;
+            }
+        });
+        return failed ? SEPTET_ERROR_MEMORY : SEPTET_OK;
+    });
 }
 
 }  // namespace
@@ -84,24 +107,15 @@ int septet_unpack(const uint8_t* packed, int64_t tiles, int bits, uint8_t* symbo
 
 int septet_trellis_encode(const int16_t* fixed, int64_t tiles, int bits, uint8_t* symbols, int threads) {
     if (check_bits(bits) != SEPTET_OK) return SEPTET_ERROR_BITS;
-    if (!fits(tiles, kTileWeights)) return SEPTET_ERROR_SIZE;
-    if (tiles > 0 && (fixed == nullptr || symbols == nullptr)) return SEPTET_ERROR_NULL;
-    for (int64_t i = 0; i < tiles * kTileWeights; i++)
-        if (fixed[i] < -kFixedLimit || fixed[i] > kFixedLimit) return SEPTET_ERROR_RANGE;
-    return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        const ViterbiTables& tables = search_tables(bits);
-        std::atomic<bool> failed{false};
-        // Whole batches, so that no thread searches a short one in the middle.
-        parallel_for(workers, ceil_divide(tiles, kBatch), [&](int64_t first_batch, int64_t last_batch) {
-            const int64_t first = first_batch * kBatch, last = std::min(last_batch * kBatch, tiles);
-            try {
-                viterbi_encode(tables, *kernels.viterbi, fixed + first * kTileWeights, last - first, symbols + first * kTilePairs);
-            } catch (const std::bad_alloc&) {
-                failed = true;
-            }
-        });
-        return failed ? SEPTET_ERROR_MEMORY : SEPTET_OK;
-    });
+    return encode([&]() -> const WidthTables& { return search_tables(bits); }, fixed, tiles, symbols, threads);
+}
+
+int septet_trellis_search(const int8_t* levels, const int16_t* fixed, int64_t tiles, int bits, uint8_t* symbols, int threads) {
+    if (check_bits(bits) != SEPTET_OK) return SEPTET_ERROR_BITS;
+    if (levels == nullptr) return SEPTET_ERROR_NULL;
+    for (int i = 0; i < 2 << kWindowBits; i++)
+        if (levels[i] == -128) return SEPTET_ERROR_RANGE;
+    return encode([&] { return WidthTables(bits, levels); }, fixed, tiles, symbols, threads);
 }
 
 int septet_trellis_levels(const septet_tiles* tiles, int8_t* levels, int threads) {

@@ -1,12 +1,13 @@
 // The trellis encoder: exact Viterbi search per tile, tail-biting in two passes, in integers only, so that every machine writes the same bytes.
 //
-// Inputs are quarter levels (int16). The metric of a window with levels T0, T1 is m = 2 (T0^2 + T1^2) - (X0 T0 + X1 T1): half the squared distance in level
-// units, less a part that no choice changes. Pass one searches the tile cut open in its middle (pairs 64 .. 127, 0 .. 63) and fixes the state at the boundary; pass two searches all 128
-// pairs from that state to that state. codes/trellis.py is the definition; the tests compare bytes.
+// Inputs are quarter levels (int16). The metric of a window with levels T0, T1 is m = 2 (T0^2 + T1^2) - (X0 T0 + X1 T1): twice the squared distance in level
+// units, less a part that no choice changes. Pass one searches the tile cut open in its middle (pairs 64 .. 127, 0 .. 63) and fixes the state at the
+// boundary; pass two searches all 128 pairs from that state to that state. codes/trellis_search.py is the definition; the tests compare bytes.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "viterbi.h"
@@ -37,7 +38,12 @@ constexpr int kPairs = 128, kBoundarySteps = 64, kFarState = 1 << 22;  // kFarSt
 
 struct Free { void operator()(void* p) const { std::free(p); } };
 template <class T> using Buffer = std::unique_ptr<T[], Free>;
-template <class T> Buffer<T> buffer(size_t count) { return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))); }
+template <class T>
+Buffer<T> buffer(size_t count) {
+    Buffer<T> memory(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+}
 
 // Search state of one batch of tiles.
 class Search {
@@ -113,7 +119,10 @@ private:
 
 const ViterbiKernel viterbi_scalar = viterbi_kernel<Scalar>();
 
-WidthTables::WidthTables(int bits, const int8_t* window_levels) : levels_(buffer<int32_t>(1 << kWindowBits).release()), norms_(buffer<int32_t>(1 << kWindowBits).release()) {
+WidthTables::WidthTables(int bits, const int8_t* window_levels) {
+    auto levels = buffer<int32_t>(1 << kWindowBits), norms = buffer<int32_t>(1 << kWindowBits);
+    levels_ = levels.release();
+    norms_ = norms.release();
     tables_ = {bits, levels_, norms_};
     for (int group = 0; group < groups(bits); group++)
         for (int low = 0; low < 1 << bits; low++)

@@ -121,3 +121,16 @@ def test_encoder_rejects_bad_input() -> None:
         trellis.encode(np.full((1, 256), -1021, np.int16), 7)
     with pytest.raises(ShapeError, match="whole tiles"):
         trellis.encode(np.zeros((1, 255), np.int16), 7)
+
+
+def test_search_with_given_levels_is_the_encoder(rng):
+    """The native search takes any levels; with those of the code it is the encoder."""
+    native = pytest.importorskip("septet._native", reason="needs the compiled module; tests/conftest.py fails a run that expects it")
+    fixed = rng.integers(-300, 301, (5, 256)).astype(np.int16)
+    for bits in (6, 7, 8):
+        levels = trellis.window_levels(bits)
+        assert (native.trellis_search(levels, fixed, bits) == native.trellis_encode(fixed, bits)).all()
+    flipped = np.ascontiguousarray(-levels)
+    assert (native.trellis_search(flipped, fixed, 8) == native.trellis_encode(-fixed, 8)).all()
+    with pytest.raises(CodeRangeError):
+        native.trellis_search(np.full((65536, 2), -128, np.int8), fixed, 7)
