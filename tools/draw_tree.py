@@ -26,7 +26,7 @@ def idea(path: Path) -> str:
         line = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
     else:
         opening = re.match(r"(?:#!.*\n)?(?://+|# |! |/\*+)\s*(.*)", text)
-        line = opening.group(1) if opening else ""
+        line = opening.group(1) if opening else f"What {path.stem}.h declares"
     return line.rstrip(".:")
 
 
