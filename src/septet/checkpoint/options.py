@@ -42,7 +42,7 @@ class QuantizeOptions:
     bits_per_weight: float = 3.5
     head: str = "int8"
     activations: str = "int8"
-    activation_scale: str = "token"
+    activation_scale: str = "block"
     rotation_block: int = 256
     seed: int = 0
     symmetric: bool = False
