@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from septet import model as models
-from septet.checkpoint.description import layers_of, quantization_of
+from septet.checkpoint.description import checksums_of, layers_of, quantization_of
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.integrations import loaded_model, saved_model
@@ -84,6 +84,9 @@ class SeptetConfig(QuantizationConfigMixin):
             SpecVersionError: this septet cannot read the format.
         """
         quantization_of({"quantization_config": {"format_version": FORMAT_VERSION} | config_dict}, "the checkpoint")
+        for key, check in (("layers", layers_of), ("crc32", checksums_of)):
+            if key in config_dict:
+                check(config_dict)
         known = {*_OPTIONS, "modules_to_not_convert", "layers", "crc32"}
         try:
             config = cls(**{key: value for key, value in config_dict.items() if key in known})

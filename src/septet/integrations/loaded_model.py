@@ -10,6 +10,7 @@ from torch import nn
 from septet.errors import CheckpointError
 from septet.layer import PARTS
 from septet.model import Runtime, replace_modules, septet_modules
+from septet.model.replace import tied_names
 
 __all__ = ["finish", "forget_companions", "prepare", "shapes_of", "tie", "untie"]
 
@@ -34,7 +35,7 @@ def prepare(model: nn.Module, layers: Mapping[str, Mapping[str, object]], runtim
     for name, entry in layers.items():
         here = _name_in(model, name)
         if here is not None:
-            tied = [_name_in(model, other) for other in entry.get("tied", ()) if isinstance(other, str)]
+            tied = [_name_in(model, other) for other in tied_names(entry, name)]
             found[here] = {**entry, "tied": [other for other in tied if other is not None]}
         elif _belongs_here(model, name):
             hint = "config.json and the model's architecture do not belong together; fetch the checkpoint again"

@@ -147,6 +147,9 @@ def _plan_head(model: nn.Module, options: PlanOptions, kept: list[str]) -> Layer
         return None
     shape = dense_shape(model.get_submodule(name))
     if options.head == "trellis":
+        if others and {owner, *others} != {owner, name}:
+            hint = "use head=int8 or head=keep for this model"
+            raise UnsupportedModelError("a head that is quantized apart may be tied to one embedding only", [owner, *others], hint)
         source = owner if owner != name else None
         return LayerPlan(name, "linear", shape, name, "trellis", _HEAD_TRELLIS_BITS_PER_PAIR, "head", source=source)
     for tied in (owner, *others):

@@ -17,7 +17,7 @@ from septet.layer import SeptetEmbedding, SeptetLinear, SeptetModule
 from septet.model.plan import LayerPlan, dense_kind, dense_shape, is_scaled_embedding
 from septet.quantize import QuantizedTensor
 
-__all__ = ["Runtime", "install", "replace_modules", "restore_modules", "septet_modules", "set_activations"]
+__all__ = ["Runtime", "install", "replace_modules", "restore_modules", "septet_modules", "set_activations", "tied_names"]
 
 _ACTIVATIONS = ("int8", "float")
 
@@ -50,7 +50,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, Mapping[str, object]]
     """
     for name, entry in layers.items():
         owner = _replace(model, name, entry, runtime)
-        for tied in _tied_names(entry, name):
+        for tied in tied_names(entry, name):
             _replace(model, tied, entry, runtime).share(owner)
 
 
@@ -140,7 +140,12 @@ def _dense_module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _tied_names(entry: Mapping[str, object], name: str) -> list[str]:
+def tied_names(entry: Mapping[str, object], name: str) -> list[str]:
+    """The modules that share a layer's matrix, from its description in a checkpoint.
+
+    Raises:
+        CheckpointError: the description does not list names.
+    """
     tied = entry.get("tied", [])
     if not isinstance(tied, list | tuple) or not all(isinstance(other, str) for other in tied):
         raise CheckpointError(f"tied of {name} must list module names", repr(tied), "fetch config.json again")
