@@ -36,7 +36,7 @@ class SeptetConfig(QuantizationConfigMixin):
     """How to quantize, or how a checkpoint was quantized.
 
     Args:
-        modules_to_not_convert: names, or last parts of names, of modules to leave as they are.
+        modules_to_not_convert: modules to leave as they are: dotted names, or parts of them such as "down_proj" or "layers.0".
         layers: module name -> description; filled in by quantizing.
         crc32: tensor key -> checksum; filled in by saving.
         format_version: of the checkpoint.

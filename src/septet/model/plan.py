@@ -76,7 +76,7 @@ def plan(model: nn.Module, options: PlanOptions, keep: Iterable[str] = ()) -> li
     Args:
         model: with or without weights.
         options: code, bits per pair, and what happens to the head.
-        keep: names, or last parts of names, of modules to leave as they are.
+        keep: modules to leave as they are: dotted names, or parts of them such as "down_proj" or "layers.0".
 
     Returns:
         The layers in the order of the model, the members of a group next to each other.
@@ -186,8 +186,8 @@ def tied_to_head(model: nn.Module) -> list[str]:
 
 
 def _is_kept(name: str, kept: list[str]) -> bool:
-    """Whether a module is named by `kept`: by its whole name, its end, or a part of its path."""
-    return any(name == pattern or name.endswith(f".{pattern}") or pattern in name.split(".") for pattern in kept)
+    """Whether `kept` names a module, something it is part of, or a run of neighbours in its dotted path."""
+    return any(f".{pattern}." in f".{name}." for pattern in kept)
 
 
 def _refuse_fused_experts(name: str, module: nn.Module) -> None:
