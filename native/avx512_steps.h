@@ -108,6 +108,7 @@ template <class Dot>
             const uint64_t valid = features - k >= Dot::inputs ? ~0ull : (1ull << (features - k)) - 1;
             repeat<tokens>([&](auto m) { input[m] = Dot::activations(valid, x.data + (token + m) * x.stride + k); });
             repeat<row_count>([&](auto r) {
+                prefetch_ahead(weight + (row + r) * features + k);
                 const __m512i w = Dot::weights(valid, weight + (row + r) * features + k);
                 repeat<tokens>([&](auto m) { sum[r][m] = Dot::add_product(sum[r][m], w, input[m]); });
             });

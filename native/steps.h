@@ -37,11 +37,16 @@ void in_blocks(int64_t count, const Body& body) {
     for (int64_t first = 0; first < count; first += most) call_with<most>(count - first < most ? count - first : most, first, body);
 }
 
-// Decoding waits for memory unless it asks ahead; 2 KiB is some 18 tiles. A prefetch beyond the end of the matrix does nothing.
+// One pass over weights waits for memory unless it asks ahead. Beyond the end of the weights a prefetch does nothing.
+inline void prefetch_ahead(const void* at) {
+    constexpr int ahead = 2048;
+    __builtin_prefetch(static_cast<const char*>(at) + ahead);
+}
+
 inline void prefetch_tile(const uint8_t* tile) {
-    constexpr int ahead = 2048, line = 64;
-    __builtin_prefetch(tile + ahead);
-    __builtin_prefetch(tile + ahead + line);
+    constexpr int line = 64;
+    prefetch_ahead(tile);
+    prefetch_ahead(tile + line);
 }
 
 inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, sizeof bits); return bits; }
