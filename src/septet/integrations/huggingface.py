@@ -21,10 +21,9 @@ from septet import model as models
 from septet.checkpoint.description import checksums_of, layers_of, quantization_of
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
-from septet.integrations import loaded_model, saved_model
+from septet.integrations import loaded_model, saved_model, tensor_parallel
 from septet.integrations.on_the_fly import quantize_model
 from septet.integrations.stored_files import check_files
-from septet.layer import PARTS
 
 __all__ = ["SeptetConfig", "SeptetHfQuantizer"]
 
@@ -111,8 +110,6 @@ class SeptetHfQuantizer(HfQuantizer):
     """Called by `from_pretrained` and `save_pretrained`."""
 
     requires_calibration = False
-    #: Lets tensor parallelism cut the companions like the weight.
-    serialized_names = {"weight": ["weight", *(part for part in PARTS if part != "weight")]}
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         """Refuse what on-the-fly quantization cannot do, before anything is loaded.
@@ -134,6 +131,7 @@ class SeptetHfQuantizer(HfQuantizer):
         if checkpoint_files and _is_first_rank():
             check_files(checkpoint_files, quantization)
         loaded_model.prepare(model, layers_of(quantization), self._runtime(model))
+        tensor_parallel.adapt_plan(model)
         self._shapes = loaded_model.shapes_of(model)
         return model
 

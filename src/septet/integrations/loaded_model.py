@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from septet.errors import CheckpointError
+from septet.integrations.tensor_parallel import check_cuts
 from septet.layer import PARTS
 from septet.model import Runtime, replace_modules, septet_modules
 from septet.model.replace import tied_names
@@ -90,12 +91,14 @@ def finish(model: nn.Module, shapes: Mapping[str, torch.Size], runtime: Runtime)
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or values than it must have.
+        UnsupportedModelError: tensor parallelism cuts through a tile or a rotation block.
     """
     for name, parameter in model.named_parameters():
         if name in shapes and parameter.shape != shapes[name]:
             wanted = f"{name} must have the shape {list(shapes[name])} that the model asks for"
             raise CheckpointError(wanted, list(parameter.shape), "config.json and the weights do not belong together; fetch both again")
     for name, module in septet_modules(model):
+        check_cuts(name, module)
         for part in PARTS:
             parameter = getattr(module, part)
             if parameter is None:
