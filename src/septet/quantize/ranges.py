@@ -4,7 +4,8 @@ A unit is what shares one scale: a column of `values` here, so that sums over it
   minmax_shared  one range [lo, hi] for both fields: steps (hi - lo) / 15 and (hi - lo) / 7
   minmax         a range per field
   mse            the range with the least squared error: clip at several multiples of the standard deviation around the mean, keep
-                 the best, then alternate between rounding and least squares. Never worse than minmax.
+                 the best, then alternate between rounding and least squares. Never worse than minmax. An end with an outlier is not
+                 clipped: such weights meet the largest activations (docs/log.md).
 Symmetric units have no offset; their field minus its zero point (8 or 4) is the level.
 
 Reference: alternating rounding and least squares is Lloyd's algorithm (1982) for equidistant levels.
@@ -25,6 +26,8 @@ METHODS = ("minmax_shared", "minmax", "mse")
 #: Half widths tried by "mse", in standard deviations. For a Gaussian 2.5 is right for 4 bits and 2.05 for 3 bits.
 _CLIPS = (4.0, 3.2, 2.5, 2.05, 1.6, 1.2, 0.8, 0.4)
 _REFINEMENTS = 3
+#: An end of the range further out than this, in standard deviations, stays where it is. A Gaussian hardly ever has one.
+_OUTLIER = 5.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,11 @@ def _fit_mse(values: np.ndarray, field: int, symmetric: bool, name: str) -> Rang
     least = range_error(values, codes, best)
     mean = sum_columns(values) / count
     deviation = np.sqrt(np.maximum(sum_columns(np.square(values, dtype=np.float64)) / count - mean * mean, 0))
+    low_kept, high_kept = low < mean - _OUTLIER * deviation, high > mean + _OUTLIER * deviation
     for clip in _CLIPS:
-        clipped = np.maximum(low, mean - clip * deviation), np.minimum(high, mean + clip * deviation)
-        trial = _covering(field, *clipped, symmetric, name)
+        clipped_low = np.where(low_kept, low, np.maximum(low, mean - clip * deviation))
+        clipped_high = np.where(high_kept, high, np.minimum(high, mean + clip * deviation))
+        trial = _covering(field, clipped_low, clipped_high, symmetric, name)
         best, codes, least = _better(values, trial, best, codes, least)
     for _ in range(_REFINEMENTS):
         trial = _least_squares(values, codes, best, name)
