@@ -203,8 +203,8 @@ def test_resuming_after_kill_9_gives_the_same_bytes(source: Path, out: Path, tmp
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not out.exists() and journal.exists()
-    with journal.open("ab") as file:
-        file.write(b'{"job": "model.lay')  # a line that the crash tore
+        with journal.open("ab") as file:
+            file.write(b'{"job": "model.lay')  # a line that the crash tore
     assert checkpoints.quantize(source, out, resume=True)
     assert checkpoints.contents(out) == checkpoints.contents(tmp_path / "whole")
 
