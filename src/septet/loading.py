@@ -123,7 +123,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     if is_gguf(path):
         _check_gguf(path)
-        return _from_pretrained("AutoTokenizer", path.parent, gguf_file=path.name)
+        return _from_pretrained("AutoTokenizer", path, gguf_file=path.name)
     read_config(path)
     # transformers may build an empty tokenizer when all the files are missing, so look first.
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
@@ -219,7 +219,9 @@ def _translated(path: Path, call: Callable[[], Any]) -> Any:
             if isinstance(cause, SeptetError):
                 raise cause from error
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        raise CheckpointError(f"transformers must be able to load {path}", got, "check that the files belong together") from error
+        missing = "install what is missing; .gguf files need septet[gguf]"
+        hint = missing if isinstance(error, ImportError) else "check that the files belong together"
+        raise CheckpointError(f"transformers must be able to load {path}", got, hint) from error
 
 
 def _gguf_arguments(path: Path) -> dict:
