@@ -67,6 +67,7 @@ class SeptetModule(nn.Module):
     def __init__(self, entry: Mapping[str, object], name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
         super().__init__()
         arrays = stored_arrays(entry, name)
+        self._packed_shape = arrays["weight"][1]
         self.code: str = entry["code"]
         self.bits_per_pair: int = _bits_per_pair(entry, name)
         self.shape: tuple[int, int] = entry["out_features"], entry["in_features"]
@@ -117,25 +118,18 @@ class SeptetModule(nn.Module):
 
     def _description(self, activation_scale: str = "token", activations: str = "int8") -> LayerDescription:
         """The description of the tensors at hand, which under tensor parallelism are a slice of the layer."""
+        outputs, inputs = self.shape if self.weight.shape == self._packed_shape else self._slice_shape()
         blocks = self.input_block, self.output_block, self.group_size
-        return LayerDescription(
-            self.code, self.bits_per_pair, self._local_inputs(), self._local_outputs(), *blocks, activation_scale, activations
-        )
+        return LayerDescription(self.code, self.bits_per_pair, inputs, outputs, *blocks, activation_scale, activations)
 
-    def _local_inputs(self) -> int:
-        """K of the tensors at hand; padding is at the end of the whole layer, never of a slice."""
+    def _slice_shape(self) -> tuple[int, int]:
+        """(N, K) of a slice; padding is at the end of the whole layer only, so an axis that is cut has none."""
         if self.code == "int8":
-            return self.weight.shape[1]
-        tiles = self.weight.shape[1] // tile_bytes(self.bits_per_pair)
-        whole = tiles == -(-self.shape[1] // TILE_INPUTS)
-        return self.shape[1] if whole else tiles * TILE_INPUTS
-
-    def _local_outputs(self) -> int:
-        if self.code == "int8":
-            return self.weight.shape[0]
-        rows = self.weight.shape[0]
-        whole = rows == -(-self.shape[0] // TILE_OUTPUTS)
-        return self.shape[0] if whole else rows * TILE_OUTPUTS
+            return tuple(self.weight.shape)
+        rows, packed_bytes = self.weight.shape
+        outputs = self.shape[0] if rows == self._packed_shape[0] else rows * TILE_OUTPUTS
+        whole = packed_bytes == self._packed_shape[1]
+        return outputs, self.shape[1] if whole else packed_bytes // tile_bytes(self.bits_per_pair) * TILE_INPUTS
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         """Move parameters, but let no `model.to(dtype)` change what is stored."""

@@ -15,6 +15,7 @@ from septet.quantize import dequantize as dequantize_arrays
 __all__ = ["FLOAT_DTYPES", "dequantize", "linear"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PRODUCTS = {"trellis": "linear_trellis", "split": "linear_split", "int8": "linear_int8"}
 _TENSORS = "Tensor weight, Tensor weight_scale, Tensor? weight_input_scale, Tensor? weight_offset"
 
 LIBRARY.define(f"linear(Tensor x, {_TENSORS}, {SCHEMA}) -> Tensor", tags=TAGS)
@@ -58,13 +59,14 @@ def _linear_cpu(x: torch.Tensor, *stored) -> torch.Tensor:
     """septet::linear on the CPU: the whole layer in one call of the backend."""
     tensors, description = _split(stored)
     _check_input(x, description)
-    rows = x.detach().to(torch.float32).reshape(-1, description.in_features).contiguous()
-    if len(rows) == 0:
+    if x.numel() == 0:
         return _linear_fake(x, *stored)
+    rows = x.detach() if x.requires_grad else x
+    rows = rows.to(torch.float32).reshape(-1, description.in_features).contiguous()
     backend, prepared = prepared_layer(tensors, description)
-    product = {"trellis": backend.linear_trellis, "split": backend.linear_split, "int8": backend.linear_int8}[description.code]
-    y = torch.from_numpy(product(rows.numpy(), prepared, description.activations))
-    return y.to(x.dtype).reshape(*x.shape[:-1], description.out_features)
+    y = torch.from_numpy(getattr(backend, _PRODUCTS[description.code])(rows.numpy(), prepared, description.activations))
+    y = y if x.ndim == 2 else y.reshape(*x.shape[:-1], description.out_features)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _linear_fake(x: torch.Tensor, *stored) -> torch.Tensor:
