@@ -43,6 +43,7 @@ def quantize(
     code: Annotated[Code, typer.Option(help="trellis: better; split: simpler and quicker.")] = Code.trellis,
     bits: Annotated[float, typer.Option(help="Bits per weight: 3, 3.5 or 4 (split: 3.5).")] = 3.5,
     calibration: Annotated[str, typer.Option(help="A text file; self: text that the model writes; none: plain rounding.")] = "none",
+    calibration_tokens: Annotated[int, typer.Option(help="About how many tokens to calibrate with.")] = 32_768,
     device: Annotated[str, typer.Option(help="Where to compute; only cpu so far.")] = "cpu",
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
@@ -63,6 +64,7 @@ def quantize(
         activations=activations.value,
         seed=seed,
         calibration=calibration_name(calibration),
+        calibration_tokens=calibration_tokens,
     )
     started = time.perf_counter()
     worked = quantize_with_bar(source, out, options, resume, threads, calibration)
