@@ -12,9 +12,9 @@ from command import quantized, septet, septet_json, text_file  # noqa: F401
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.stream import Hooks, quantize_checkpoint
 from septet.errors import OptionError
-from septet.integrations.huggingface import SeptetConfig
 from septet.loading import plan_checkpoint
 
+pytest.importorskip("transformers")
 # ruff: noqa: F811 (fixtures are imported names)
 
 
@@ -76,5 +76,7 @@ def test_calibration_without_anybody_to_run_the_model_is_refused(tiny_model_dir:
         quantize_checkpoint(tiny_model_dir, tmp_path / "out", QuantizeOptions(calibration="self"), Hooks(plan_checkpoint))
     with pytest.raises(OptionError, match="none, self or sha256"):
         QuantizeOptions(calibration="text.txt")
+    from septet.integrations.huggingface import SeptetConfig
+
     with pytest.raises(OptionError, match="an option must be one of"):
         SeptetConfig(calibration="self")
