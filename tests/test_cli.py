@@ -116,7 +116,9 @@ def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantiz
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--calibration", "text.txt"], ["calibration must be none, got text.txt", "later version"]),
+        (["--calibration", "text.txt"], ["the text must be a readable file", "text.txt"]),
+        (["--calibration", "self", "--code", "split"], ["calibration is for code trellis only, got split"]),
+        (["--calibration-tokens", "0"], ["calibration_tokens must be positive, got 0"]),
         (["--device", "cuda"], ["device must be cpu, got cuda", "later version"]),
         (["--bits", "5"], ["bits of code trellis must be one of", "got 5.0"]),
         (["--code", "split", "--bits", "3"], ["bits of code split must be one of 3.5, got 3.0"]),

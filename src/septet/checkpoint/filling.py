@@ -10,7 +10,7 @@ import numpy as np
 
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
 from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
-from septet.checkpoint.jobs import Job, list_jobs, quantize_job
+from septet.checkpoint.jobs import Calibration, Job, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
@@ -25,7 +25,7 @@ class Progress:
     """Something happened.
 
     Args:
-        stage: "convert", "check" (jobs of an earlier run), "quantize", "copy" or "finish".
+        stage: "convert", "sample" (the model writes text), "check" (jobs of an earlier run), "quantize", "copy" or "finish".
         name: the layer, tensor or file it is about.
         done_bytes: how much of the source has been worked off.
         total_bytes: of the source; 0 while unknown.
@@ -49,6 +49,7 @@ class Run:
         options: of the run.
         threads: 0 is the default number.
         progress: called with every Progress.
+        calibration: for error feedback; None: plain rounding.
     """
 
     workspace: Workspace
@@ -56,6 +57,7 @@ class Run:
     options: QuantizeOptions
     threads: int
     progress: Callable[[Progress], None]
+    calibration: Calibration | None = None
 
 
 #: Tensor key -> shard and first byte in it.
@@ -89,12 +91,18 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
 
 
 def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
-    """Drop the record of every job whose tensors are not what was recorded."""
+    """Drop the record of every job whose tensors are not what was recorded; with calibration, that of every quantized layer.
+
+    What a layer sees depends on all quantized layers before it, so a calibrated run starts with the first one again.
+    """
     files = {shard.name: open_tensor_file(run.workspace.path / shard.name) for shard in shards} if run.workspace.records else {}
     owners = {key: files[shard.name] for shard in shards for key in shard.offsets if files}
     for job in jobs:
         record = run.workspace.records.get(job.name)
         if record is None:
+            continue
+        if run.calibration is not None and job.layers:
+            del run.workspace.records[job.name]
             continue
         run.progress(Progress("check", job.name))
         for tensor in job.writes:
@@ -114,7 +122,7 @@ def _quantize(run: Run, job: Job, places: _Places) -> None:
     """Quantize a group of layers, write their tensors, record them."""
     checksums: dict[str, str] = {}
     layers: dict[str, dict] = {}
-    for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads)):
+    for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads, run.calibration)):
         layers[layer.name] = quantized.config() | layer.config()
         for part, array in quantized.tensors().items():
             key = f"{layer.name}.{part}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quan
 from septet.quantize.stored import stored_arrays
 from septet.quantize.tensor import RowSource
 
-__all__ = ["Job", "list_jobs", "quantize_group", "quantize_job", "source_key"]
+__all__ = ["Calibration", "Job", "list_jobs", "quantize_group", "quantize_job", "source_key"]
 
 _STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
 
@@ -37,6 +38,16 @@ class Job:
     layers: tuple[LayerPlan, ...]
     writes: tuple[OutputTensor, ...]
     source_bytes: int
+
+
+class Calibration(Protocol):
+    """Who knows what the layers of a model see; `septet.calibration.Calibrator` is one."""
+
+    def hessian(self, layers: Sequence[LayerPlan]) -> np.ndarray | None:
+        """The Hessian of a group, float64 [K, K] per token; None to round plainly. Groups are asked for in the order of the plan."""
+
+    def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
+        """Let later Hessians see this layer's quantized weights."""
 
 
 def list_jobs(source: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions) -> list[Job]:
@@ -103,17 +114,28 @@ def _outputs(layer: LayerPlan, options: QuantizeOptions) -> list[OutputTensor]:
     return [OutputTensor(f"{layer.name}.{part}", _STORED_DTYPES[dtype.name], shape) for part, (dtype, shape) in arrays.items()]
 
 
-def quantize_job(source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int) -> list[QuantizedTensor]:
-    """Quantize the layers of a job."""
+def quantize_job(
+    source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int, calibration: Calibration | None = None
+) -> list[QuantizedTensor]:
+    """Quantize the layers of a job, with error feedback where the calibration has a Hessian."""
     matrices: list[RowSource] = []
     for layer in job.layers:
         stored = StoredMatrix(source.file_of(source_key(layer)), source_key(layer))
         matrices.append(np.ascontiguousarray(stored[:].T) if layer.kind == "conv1d" else stored)
-    return quantize_group(job.layers, matrices, options, threads)
+    hessian = calibration.hessian(job.layers) if calibration is not None and job.layers[0].code == "trellis" else None
+    made = quantize_group(job.layers, matrices, options, threads, hessian)
+    if calibration is not None:
+        for layer, quantized in zip(job.layers, made):
+            calibration.take_over(layer, quantized)
+    return made
 
 
 def quantize_group(
-    layers: Sequence[LayerPlan], matrices: Sequence[RowSource], options: QuantizeOptions, threads: int = 0
+    layers: Sequence[LayerPlan],
+    matrices: Sequence[RowSource],
+    options: QuantizeOptions,
+    threads: int = 0,
+    hessian: np.ndarray | None = None,
 ) -> list[QuantizedTensor]:
     """Quantize layers that belong together.
 
@@ -122,6 +144,7 @@ def quantize_group(
         matrices: [N_i, K] each, arrays or anything that hands out rows as float32.
         options: how.
         threads: 0 is the default number; the result does not depend on it.
+        hessian: float64 [K, K] of the group's inputs, for error feedback in code trellis; None: plain rounding.
 
     Raises:
         CodeRangeError: a weight is not finite or too large.
@@ -132,4 +155,4 @@ def quantize_group(
     if code == "split":
         chosen = options.symmetric, options.granularity, options.group_size, options.range_method
         return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
-    return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads)
+    return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads, hessian)

@@ -33,6 +33,9 @@ class QuantizeOptions:
         group_size: inputs per group, a multiple of 4.
         range_method: of split: "mse", "minmax" or "minmax_shared".
         max_shard_bytes: of one output file.
+        calibration: what error feedback is based on: "none" (plain rounding), "self" (text that the model writes), or "sha256:..." of
+            the text given. Only for code trellis.
+        calibration_tokens: about how many tokens to calibrate with.
 
     Raises:
         OptionError: a value is unknown.
@@ -50,6 +53,8 @@ class QuantizeOptions:
     group_size: int = 128
     range_method: str = "mse"
     max_shard_bytes: int = 5_000_000_000
+    calibration: str = "none"
+    calibration_tokens: int = 32_768
 
     def __post_init__(self) -> None:
         known = {
@@ -73,6 +78,12 @@ class QuantizeOptions:
             raise OptionError("group_size must be a multiple of 4", self.group_size, "use 128")
         if self.max_shard_bytes < 1:
             raise OptionError("max_shard_bytes must be positive", self.max_shard_bytes, "use 5000000000")
+        if self.calibration != "none" and self.code != "trellis":
+            raise OptionError("calibration is for code trellis only", self.code, "leave one of the two options out")
+        if self.calibration not in ("none", "self") and not self.calibration.startswith("sha256:"):
+            raise OptionError("calibration must be none, self or sha256:...", self.calibration, "correct the option")
+        if self.calibration_tokens < 1:
+            raise OptionError("calibration_tokens must be positive", self.calibration_tokens, "use 32768")
 
     @property
     def bits_per_pair(self) -> int:

@@ -16,9 +16,10 @@ from septet import __version__
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
+from septet.checkpoint.jobs import Calibration
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.workspace import Workspace, writing
-from septet.errors import CheckpointError, UnsupportedModelError
+from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.model import LayerPlan
 
 __all__ = ["Hooks", "Progress", "quantize_checkpoint"]
@@ -32,11 +33,13 @@ class Hooks:
         plan: (opened source, options) -> layers to quantize; those of one group are done together.
         progress: called with every Progress.
         convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
+        calibrate: (opened source, layers) -> calibration; needed when the options ask for one.
     """
 
     plan: Callable[[ModelDirectory, QuantizeOptions], list[LayerPlan]]
     progress: Callable[[Progress], None] = lambda event: None
     convert_gguf: Callable[[Path, Path], None] | None = None
+    calibrate: Callable[[ModelDirectory, list[LayerPlan]], Calibration] | None = None
 
 
 def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks: Hooks, resume: bool = False, threads: int = 0) -> bool:
@@ -68,12 +71,25 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
             workspace.finish()
             return True
         directory = _source_directory(source, workspace, hooks)
-        fill(Run(workspace, directory, options, threads, hooks.progress), hooks.plan(directory, options), made_from)
+        layers = hooks.plan(directory, options)
+        calibration = _calibration(directory, layers, options, hooks)
+        fill(Run(workspace, directory, options, threads, hooks.progress, calibration), layers, made_from)
         workspace.finish()
     finally:
         workspace.close()
     hooks.progress(Progress("finish", out.name))
     return True
+
+
+def _calibration(directory: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions, hooks: Hooks) -> Calibration | None:
+    """What the options ask for."""
+    if options.calibration == "none":
+        return None
+    if hooks.calibrate is None:
+        raise OptionError(
+            "calibration must have somebody to run the model", options.calibration, "use `septet quantize`, or calibration none"
+        )
+    return hooks.calibrate(directory, layers)
 
 
 def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:

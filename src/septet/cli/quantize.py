@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from septet.cli.app import app
+from septet.cli.calibration import calibrate_with, calibration_name
 from septet.cli.options import Activations, JsonOption
 from septet.cli.output import note, print_json, progress_bar, quiet_libraries
 from septet.errors import OptionError
@@ -41,7 +42,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
     code: Annotated[Code, typer.Option(help="trellis: better; split: simpler and quicker.")] = Code.trellis,
     bits: Annotated[float, typer.Option(help="Bits per weight: 3, 3.5 or 4 (split: 3.5).")] = 3.5,
-    calibration: Annotated[str, typer.Option(help="Text to calibrate with; only none so far.")] = "none",
+    calibration: Annotated[str, typer.Option(help="A text file; self: text that the model writes; none: plain rounding.")] = "none",
+    calibration_tokens: Annotated[int, typer.Option(help="About how many tokens to calibrate with.")] = 32_768,
     device: Annotated[str, typer.Option(help="Where to compute; only cpu so far.")] = "cpu",
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
@@ -51,15 +53,21 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model."""
-    if calibration != "none":
-        raise OptionError("calibration must be none", calibration, "leave it out; calibration comes with a later version")
     if device != "cpu":
         raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
     from septet import checkpoint
 
-    options = checkpoint.QuantizeOptions(code=code.value, bits_per_weight=bits, head=head.value, activations=activations.value, seed=seed)
+    options = checkpoint.QuantizeOptions(
+        code=code.value,
+        bits_per_weight=bits,
+        head=head.value,
+        activations=activations.value,
+        seed=seed,
+        calibration=calibration_name(calibration),
+        calibration_tokens=calibration_tokens,
+    )
     started = time.perf_counter()
-    worked = quantize_with_bar(source, out, options, resume, threads)
+    worked = quantize_with_bar(source, out, options, resume, threads, calibration)
     seconds = time.perf_counter() - started
     totals = checkpoint.inspect(out)["totals"]
     if as_json:
@@ -72,7 +80,9 @@ def quantize(
         note(f"bits per weight: {totals['effective_bits']:.4f} in the linear layers, {totals['effective_bits_total']:.4f} in all")
 
 
-def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0) -> bool:
+def quantize_with_bar(
+    source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0, calibration: str = "none"
+) -> bool:
     """Quantize with a progress bar on stderr.
 
     Args:
@@ -81,6 +91,7 @@ def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: 
         options: what to make.
         resume: go on with an interrupted run.
         threads: 0 is the default number.
+        calibration: a text file, "self" or "none"; the options name it too.
 
     Returns:
         False when there was nothing left to do.
@@ -99,5 +110,6 @@ def quantize_with_bar(source: str, out: Path, options: QuantizeOptions, resume: 
             if event.total_bytes:
                 bar.update(task, completed=event.done_bytes, total=event.total_bytes)
 
-        hooks = Hooks(plan=loading.plan_checkpoint, progress=show, convert_gguf=loading.convert_gguf)
+        calibrate = calibrate_with(calibration, options, threads, show)
+        hooks = Hooks(plan=loading.plan_checkpoint, progress=show, convert_gguf=loading.convert_gguf, calibrate=calibrate)
         return quantize_checkpoint(path, out, options, hooks, resume, threads)

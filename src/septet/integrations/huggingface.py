@@ -27,7 +27,9 @@ from septet.integrations.stored_files import check_files
 
 __all__ = ["SeptetConfig", "SeptetHfQuantizer"]
 
-_OPTIONS = tuple(field.name for field in fields(QuantizeOptions) if field.name != "max_shard_bytes")
+#: What only `septet quantize` can do.
+_NOT_HERE = {"max_shard_bytes", "calibration", "calibration_tokens"}
+_OPTIONS = tuple(field.name for field in fields(QuantizeOptions) if field.name not in _NOT_HERE)
 
 
 @register_quantization_config("septet")

@@ -19,10 +19,10 @@ import numpy as np
 from septet.errors import OptionError
 from septet.kernels import select_backend
 
-__all__ = ["choose_block", "hadamard_inputs", "hadamard_outputs", "random_signs", "rotate", "unrotate"]
+__all__ = ["PIECE_WEIGHTS", "choose_block", "hadamard_inputs", "hadamard_outputs", "random_signs", "rotate", "unrotate"]
 
 #: Rows are worked on in pieces of about this many weights, so that temporaries stay small.
-_PIECE_WEIGHTS = 1 << 20
+PIECE_WEIGHTS = 1 << 20
 
 
 def choose_block(sizes: list[int], cap: int) -> int:
@@ -106,7 +106,7 @@ def unrotate(levels: np.ndarray, output_scale: np.ndarray, input_scale: np.ndarr
     return weight
 
 
-def row_pieces(shape: tuple[int, ...], block: int = 1) -> list[tuple[int, int]]:
-    """Cut the rows of a matrix into pieces of whole blocks: [(start, stop), ...]."""
-    step = max(block, _PIECE_WEIGHTS // max(shape[1], 1) // block * block)
+def row_pieces(shape: tuple[int, ...], block: int = 1, weights: int = PIECE_WEIGHTS) -> list[tuple[int, int]]:
+    """Cut the rows of a matrix into pieces of whole blocks, of about so many weights: [(start, stop), ...]."""
+    step = max(block, weights // max(shape[1], 1) // block * block)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

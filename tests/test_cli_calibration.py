@@ -1,0 +1,82 @@
+"""`septet quantize --calibration`: error feedback from the command line, the same bytes with any threads and after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoints import contents
+from command import quantized, septet, septet_json, text_file  # noqa: F401
+from septet.checkpoint import QuantizeOptions
+from septet.checkpoint.stream import Hooks, quantize_checkpoint
+from septet.errors import OptionError
+from septet.loading import plan_checkpoint
+
+pytest.importorskip("transformers")
+# ruff: noqa: F811 (fixtures are imported names)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_file: Path) -> Path:
+    """The tiny model, calibrated on a text."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    result = septet("quantize", tiny_model_dir, out, "--calibration", text_file)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def test_a_text_changes_codes_and_nothing_else(calibrated: Path, quantized: dict[str, Path], text_file: Path) -> None:
+    plain, fed = contents(quantized["trellis"]), contents(calibrated)
+    differing = {name for name in plain.keys() | fed.keys() if plain.get(name) != fed.get(name)}
+    assert differing == {"config.json", "model.safetensors", "septet.json"}
+    assert len(plain["model.safetensors"]) == len(fed["model.safetensors"])
+    options = json.loads(fed["septet.json"])["options"]
+    assert options["calibration"].startswith("sha256:") and str(text_file) not in fed["septet.json"].decode()
+
+
+def test_a_text_brings_its_own_predictions_closer(
+    calibrated: Path, quantized: dict[str, Path], tiny_model_dir: Path, text_file: Path
+) -> None:
+    arguments = ("--reference", tiny_model_dir, "--text", text_file, "--context", 256)
+    plain, fed = (septet_json("eval", path, *arguments)["kld_mean"] for path in (quantized["trellis"], calibrated))
+    assert fed < plain
+
+
+def test_calibrated_bytes_do_not_depend_on_threads_or_interruptions(
+    calibrated: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("quantize", tiny_model_dir, tmp_path / "out", "--calibration", text_file, "--threads", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("septet.checkpoint.filling._write_beside", interrupt)
+        assert isinstance(septet(*arguments).exception, KeyboardInterrupt | SystemExit)
+    assert (tmp_path / "out.partial").is_dir()
+    result = septet(*arguments, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(calibrated)
+
+
+def interrupt(*_: object) -> None:
+    """Someone presses Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_a_model_can_write_its_own_text(calibrated: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = ("--calibration", "self", "--calibration-tokens", 1024)
+    made = [
+        septet_json("quantize", tiny_model_dir, tmp_path / name, *options, *more) for name, more in (("a", ()), ("b", ("--threads", 3)))
+    ]
+    assert made[0]["calibration"] == "self" and made[0]["calibration_tokens"] == 1024
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(calibrated)
+
+
+def test_calibration_without_anybody_to_run_the_model_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="somebody to run the model"):
+        quantize_checkpoint(tiny_model_dir, tmp_path / "out", QuantizeOptions(calibration="self"), Hooks(plan_checkpoint))
+    with pytest.raises(OptionError, match="none, self or sha256"):
+        QuantizeOptions(calibration="text.txt")
+    from septet.integrations.huggingface import SeptetConfig
+
+    with pytest.raises(OptionError, match="an option must be one of"):
+        SeptetConfig(calibration="self")
