@@ -115,7 +115,14 @@ BREAKERS = (truncate, flip_last_byte, remove_tokenizer, contradict_packed_shape,
 @pytest.mark.parametrize("breaker", BREAKERS)
 def test_run_on_a_broken_septet_directory(broken: Path, breaker: object) -> None:
     breaker(broken)
-    assert_error(septet_process("run", broken, PROMPT))
+    assert_error(septet("run", broken, PROMPT))
+
+
+def test_nothing_else_reaches_the_terminal(broken: Path) -> None:
+    flip_last_byte(broken)
+    result = septet_process("run", broken, PROMPT)
+    assert_error(result, "must have the CRC")
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 3
 
 
 @pytest.mark.parametrize("breaker", [truncate, remove_tokenizer, contradict_model_shape, damage_json])
