@@ -83,8 +83,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     hidden 64, intermediate 192, 4 heads, 2 key-value heads, vocabulary 260, tied embeddings. Treat it as read-only.
     """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+    transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
     path = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

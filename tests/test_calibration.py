@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
 from septet.calibration import Calibrator, sample_windows  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402

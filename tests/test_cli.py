@@ -12,7 +12,7 @@ import pytest
 from command import assert_error, broken, flip_last_byte, quantized, septet, septet_json, septet_process  # noqa: F401 (fixtures)
 from septet import kernels
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 # ruff: noqa: F811 (fixtures are imported names)
 
 

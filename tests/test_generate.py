@@ -8,8 +8,8 @@ import pytest
 
 from septet.errors import CheckpointError, OptionError
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
 from septet import generate  # noqa: E402
 from septet.generate import Sampling  # noqa: E402

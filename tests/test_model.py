@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
 from torch import nn  # noqa: E402
 
