@@ -1,7 +1,7 @@
 // The trellis encoder: exact Viterbi search per tile, tail-biting in two passes, in integers only, so that every machine writes the same bytes.
 //
 // Inputs are quarter levels (int16). The metric of a window with levels T0, T1 is m = 2 (T0^2 + T1^2) - (X0 T0 + X1 T1): twice the squared distance in level
-// units, less a part that no choice changes. Pass one searches the tile cut open in its middle (pairs 64 .. 127, 0 .. 63) and fixes the state at the
+// units, less a part that no choice changes. Pass one searches the tile around its boundary (pairs 96 .. 127, 0 .. 31) and fixes the state at the
 // boundary; pass two searches all 128 pairs from that state to that state. codes/trellis_search.py is the definition; the tests compare bytes.
 #include <algorithm>
 #include <cstdlib>
@@ -34,7 +34,7 @@ struct Scalar {
     static int32_t reduce_min(Type v) { return v; }
 };
 
-constexpr int kPairs = 128, kBoundarySteps = 64, kFarState = 1 << 22;  // kFarState: a cost no path from the fixed state can reach
+constexpr int kPairs = 128, kBoundarySteps = 32, kFarState = 1 << 22;  // kFarState: a cost no path from the fixed state can reach
 
 struct Free { void operator()(void* p) const { std::free(p); } };
 template <class T> using Buffer = std::unique_ptr<T[], Free>;

@@ -61,7 +61,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
     """The tiny model in both codes."""
     folder = tmp_path_factory.mktemp("quantized")
     for code in ("trellis", "split"):
-        result = septet("quantize", tiny_model_dir, folder / code, "--code", code)
+        result = septet("quantize", tiny_model_dir, folder / code, "--code", code, "--effort", 0)
         assert result.exit_code == 0, result.stderr
         assert result.stdout == ""
     return {code: folder / code for code in ("trellis", "split")}

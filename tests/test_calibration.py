@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
-from septet.calibration import Calibrator, sample_windows  # noqa: E402
+from septet.calibration import Calibrator, Sensitivity, measure, sample_windows  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402
 from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
 from septet.loading import load_model  # noqa: E402
 from septet.model import LayerPlan, plan  # noqa: E402
-from septet.quantize import QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
+from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 
 START = 256
 
@@ -36,55 +36,107 @@ def groups_of(layers: list[LayerPlan]) -> list[list[LayerPlan]]:
     return list(groups.values())
 
 
-def quantized(model: torch.nn.Module, group: list[LayerPlan], hessian: np.ndarray | None) -> list[QuantizedTensor]:
+def quantized(model: torch.nn.Module, group: list[LayerPlan], known: GroupStatistics | None) -> list[QuantizedTensor]:
     weights = [model.get_submodule(layer.name).weight.detach().numpy() for layer in group]
     weights = [np.ascontiguousarray(weight.T) if layer.kind == "conv1d" else weight for layer, weight in zip(group, weights)]
-    return quantize_trellis(weights, [layer.name for layer in group], 7, hessian=hessian)
+    return quantize_trellis(weights, [layer.name for layer in group], 7, statistics=known)
 
 
-def run_through(load_it: Callable[[], torch.nn.Module], threads: int = 1) -> tuple[dict[str, np.ndarray], dict[str, QuantizedTensor]]:
-    """Calibrate and quantize every layer: Hessians by group, results by layer."""
+def run_through(
+    load_it: Callable[[], torch.nn.Module], threads: int = 1, sensitivity: Sensitivity | None = None
+) -> tuple[dict[str, GroupStatistics], dict[str, QuantizedTensor]]:
+    """Calibrate and quantize every layer: statistics by group, results by layer."""
     model, source = load_it(), load_it()
     layers = plan(source, QuantizeOptions(head="keep"))
-    calibrator, hessians, made = Calibrator(model, layers, windows(), threads), {}, {}
+    calibrator, statistics, made = Calibrator(model, layers, windows(), threads, sensitivity), {}, {}
     for group in groups_of(layers):
-        hessian = hessians[group[0].group] = calibrator.hessian(group)
-        for layer, result in zip(group, quantized(source, group, hessian)):
+        known = statistics[group[0].group] = calibrator.statistics(group)
+        for layer, result in zip(group, quantized(source, group, known)):
             made[layer.name] = result
             calibrator.take_over(layer, result)
-    return hessians, made
+    return statistics, made
 
 
-def observed(model: torch.nn.Module, layer: LayerPlan) -> np.ndarray:
-    """The Hessian that a plain forward pass of the whole model shows, float64 [K, K]."""
+def inputs_of(model: torch.nn.Module, layer: LayerPlan) -> np.ndarray:
+    """What a plain forward pass of the whole model shows at a layer, float64 [tokens, K]."""
     seen = []
     hook = model.get_submodule(layer.name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     model(windows())
     hook.remove()
-    rows = torch.cat(seen).reshape(-1, layer.shape[1]).double().numpy()
-    return rows.T @ rows / len(rows)
+    return torch.cat(seen).reshape(-1, layer.shape[1]).double().numpy()
 
 
-def check_hessians(load_it: Callable[[], torch.nn.Module]) -> None:
-    """Every Hessian is that of a model whose earlier blocks are quantized and whose own block is not."""
-    hessians, made = run_through(load_it)
-    model = load_it()
-    previous: list[LayerPlan] = []
-    block = None
+def check_statistics(load_it: Callable[[], torch.nn.Module], sensitivity: Sensitivity | None = None) -> None:
+    """Every Hessian is that of a model whose earlier layers are quantized, and drift is against one whose are not."""
+    statistics, made = run_through(load_it, sensitivity=sensitivity)
+    model, original = load_it(), load_it()
     for group in groups_of(plan(model, QuantizeOptions(head="keep"))):
-        number = next(part for part in group[0].name.split(".") if part.isdigit())
-        if number != block:
-            for layer in previous:
-                weight = torch.from_numpy(dequantize(made[layer.name]))
-                model.get_submodule(layer.name).weight.data = weight.T.contiguous() if layer.kind == "conv1d" else weight
-            block, previous = number, []
-        previous += group
-        true = observed(model, group[0])
-        assert np.abs(hessians[group[0].group] - true).max() <= 1e-4 * np.abs(true).max(), group[0].name
+        known, rows = statistics[group[0].group], inputs_of(model, group[0])
+        true = rows.T @ rows / len(rows)
+        if sensitivity is None:
+            assert np.abs(known.inputs - true).max() <= 1e-4 * np.abs(true).max(), group[0].name
+            assert known.drift is None and known.outputs is None
+        else:
+            drift = (inputs_of(original, group[0]) - rows).T @ rows / len(rows)
+            assert np.abs(known.drift - drift).max() <= 1e-4 * np.abs(true).max(), group[0].name
+            assert known.inputs.trace() == pytest.approx(true.trace(), rel=1e-4)
+            assert known.outputs is not None
+        for layer in group:
+            weight = torch.from_numpy(dequantize(made[layer.name]))
+            model.get_submodule(layer.name).weight.data = weight.T.contiguous() if layer.kind == "conv1d" else weight
 
 
 def test_hessians_are_those_behind_the_quantized_prefix(tiny_model_dir: Path) -> None:
-    check_hessians(lambda: load(tiny_model_dir))
+    check_statistics(lambda: load(tiny_model_dir))
+
+
+def measured(path: Path, threads: int = 1, seed: int = 0) -> Sensitivity:
+    model = load(path)
+    return measure(model, plan(model, QuantizeOptions(head="keep")), windows(), seed, threads)
+
+
+def test_drift_is_against_the_unquantized_model(tiny_model_dir: Path) -> None:
+    check_statistics(lambda: load(tiny_model_dir), measured(tiny_model_dir))
+
+
+def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> None:
+    """Against autograd on the whole model, with the same drawn labels."""
+    found, model = measured(tiny_model_dir), load(tiny_model_dir)
+    layers = plan(model, QuantizeOptions(head="keep"))
+    seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {layer.name: [] for layer in layers}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            rows = inputs[0].detach()[0].double().numpy()
+            output.register_hook(lambda gradient: seen[name].append((rows, gradient[0].double().numpy())))
+
+        return hook
+
+    for layer in layers:
+        model.get_submodule(layer.name).register_forward_hook(watch(layer.name))
+    for number, window in enumerate(windows()):
+        scores = torch.log_softmax(model(window[None]).logits[0], -1)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=torch.Generator().manual_seed(number))
+        (-scores.gather(1, drawn).sum()).backward()
+    weighed: dict[str, np.ndarray] = {}
+    for layer in layers:
+        inputs, gradients = (np.concatenate(parts) for parts in zip(*seen[layer.name]))
+        true = gradients.T @ gradients / len(gradients)
+        assert found.outputs[layer.name].shape == (1, *true.shape)
+        assert np.abs(found.outputs[layer.name][0] - true).max() <= 1e-3 * np.abs(true).max(), layer.name
+        weights = (gradients**2).sum(axis=1)
+        part = (inputs * (weights / weights.mean())[:, None]).T @ inputs
+        weighed[layer.group] = weighed.get(layer.group, 0) + part
+    for group, true in weighed.items():
+        scaled = found.inputs[group] * (true.trace() / found.inputs[group].trace())
+        assert np.abs(scaled - true).max() <= 1e-3 * np.abs(true).max(), group
+
+
+def test_sensitivity_does_not_depend_on_threads(tiny_model_dir: Path) -> None:
+    one, three, other = measured(tiny_model_dir), measured(tiny_model_dir, 3), measured(tiny_model_dir, seed=1)
+    for name, matrix in one.outputs.items():
+        assert matrix.tobytes() == three.outputs[name].tobytes() != other.outputs[name].tobytes()
+    assert all(matrix.tobytes() == three.inputs[group].tobytes() for group, matrix in one.inputs.items())
 
 
 def test_a_model_with_conv1d_and_biases() -> None:
@@ -93,21 +145,24 @@ def test_a_model_with_conv1d_and_biases() -> None:
         config = transformers.GPT2Config(vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=64)
         return transformers.GPT2LMHeadModel(config).eval()
 
-    check_hessians(load_it)
+    check_statistics(load_it)
 
 
 def test_nothing_depends_on_threads(tiny_model_dir: Path) -> None:
-    one, three = (run_through(lambda: load(tiny_model_dir), threads) for threads in (1, 3))
-    assert all(one[0][group].tobytes() == hessian.tobytes() for group, hessian in three[0].items())
+    known = measured(tiny_model_dir)
+    one, three = (run_through(lambda: load(tiny_model_dir), threads, known) for threads in (1, 3))
+    for group, statistics in three[0].items():
+        assert one[0][group].inputs.tobytes() == statistics.inputs.tobytes()
+        assert one[0][group].drift.tobytes() == statistics.drift.tobytes()
     assert all(one[1][name].packed.tobytes() == result.packed.tobytes() for name, result in three[1].items())
 
 
-def test_layers_outside_the_blocks_have_no_hessian(tiny_model_dir: Path) -> None:
+def test_nothing_is_known_of_layers_outside_the_blocks(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir)
     layers = plan(model, QuantizeOptions())
     calibrator = Calibrator(model, layers, windows())
     head = [layer for layer in layers if layer.role == "head"]
-    assert calibrator.hessian(head) is None
+    assert calibrator.statistics(head) is None
 
 
 def test_what_cannot_be_calibrated_is_refused(tiny_model_dir: Path) -> None:
@@ -118,9 +173,9 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="list of blocks"):
         Calibrator(torch.nn.Sequential(torch.nn.Linear(64, 64)), layers, windows())
     calibrator, groups = Calibrator(model, layers, windows()), groups_of(layers)
-    calibrator.hessian(groups[-1])
+    calibrator.statistics(groups[-1])
     with pytest.raises(UnsupportedModelError, match="block by block"):
-        calibrator.hessian(groups[0])
+        calibrator.statistics(groups[0])
     model = load(tiny_model_dir)
     inner = model.model.norm
 
@@ -137,7 +192,7 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model_dir: Path) -> None:
     chain = Between()
     layers = plan(chain, QuantizeOptions(head="keep"))
     with pytest.raises(UnsupportedModelError, match="form a chain"):
-        Calibrator(chain, layers, windows()).hessian(layers[:1])
+        Calibrator(chain, layers, windows()).statistics(layers[:1])
 
 
 def test_a_model_writes_the_same_text_for_the_same_seed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

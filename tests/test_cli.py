@@ -91,7 +91,7 @@ def test_no_color_is_respected() -> None:
 
 def test_quantize_says_what_it_made(tiny_model_dir: Path, tmp_path: Path) -> None:
     options = "--bits 3 --head keep --seed 5 --activations float".split()
-    made = septet_json("quantize", tiny_model_dir, tmp_path / "out", *options)
+    made = septet_json("quantize", tiny_model_dir, tmp_path / "out", "--effort", 0, *options)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits_per_weight"], config["head"], config["seed"], config["activations"]) == (3.0, "keep", 5, "float")
     assert made["bits_per_weight"] == 3.0 and made["totals"]["effective_bits"] > 3.0
@@ -99,7 +99,7 @@ def test_quantize_says_what_it_made(tiny_model_dir: Path, tmp_path: Path) -> Non
 
 
 def test_quantize_does_not_depend_on_threads(tiny_model_dir: Path, quantized: dict[str, Path], tmp_path: Path) -> None:
-    assert septet("quantize", tiny_model_dir, tmp_path / "out", "--threads", "2").exit_code == 0
+    assert septet("quantize", tiny_model_dir, tmp_path / "out", "--effort", "0", "--threads", "2").exit_code == 0
     files = sorted(file.name for file in quantized["trellis"].iterdir())
     assert files == sorted(file.name for file in (tmp_path / "out").iterdir())
     for name in files:
@@ -108,8 +108,8 @@ def test_quantize_does_not_depend_on_threads(tiny_model_dir: Path, quantized: di
 
 def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantized: dict[str, Path], tmp_path: Path) -> None:
     assert_error(septet("quantize", tiny_model_dir, quantized["trellis"]), "must not exist", "--resume")
-    assert septet_json("quantize", tiny_model_dir, quantized["trellis"], "--resume")["already_finished"] is True
-    assert septet("quantize", tiny_model_dir, tmp_path / "new", "--resume").exit_code == 0
+    assert septet_json("quantize", tiny_model_dir, quantized["trellis"], "--effort", "0", "--resume")["already_finished"] is True
+    assert septet("quantize", tiny_model_dir, tmp_path / "new", "--effort", "0", "--resume").exit_code == 0
     assert (tmp_path / "new" / "config.json").is_file()
 
 
@@ -117,11 +117,12 @@ def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantiz
     ("options", "parts"),
     [
         (["--calibration", "text.txt"], ["the text must be a readable file", "text.txt"]),
-        (["--calibration", "self", "--code", "split"], ["calibration is for code trellis only, got split"]),
-        (["--calibration-tokens", "0"], ["calibration_tokens must be positive, got 0"]),
+        (["--effort", "1", "--code", "split"], ["effort above 0 is for code trellis only, got split"]),
+        (["--effort", "0", "--calibration", "self"], ["efforts above 0 and calibration need each other"]),
+        (["--effort", "2", "--calibration", "none"], ["efforts above 0 and calibration need each other"]),
         (["--device", "cuda"], ["device must be cpu, got cuda", "later version"]),
-        (["--bits", "5"], ["bits of code trellis must be one of", "got 5.0"]),
-        (["--code", "split", "--bits", "3"], ["bits of code split must be one of 3.5, got 3.0"]),
+        (["--bits", "5"], ["bits of code trellis must be 3.0 to 4.0", "got 5.0"]),
+        (["--code", "split", "--bits", "3"], ["bits of code split must be 3.5, got 3.0"]),
     ],
 )
 def test_quantize_refuses_options(tiny_model_dir: Path, tmp_path: Path, options: list[str], parts: list[str]) -> None:

@@ -73,10 +73,10 @@ def test_a_model_can_write_its_own_text(calibrated: Path, tiny_model_dir: Path, 
 
 def test_calibration_without_anybody_to_run_the_model_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="somebody to run the model"):
-        quantize_checkpoint(tiny_model_dir, tmp_path / "out", QuantizeOptions(calibration="self"), Hooks(plan_checkpoint))
+        quantize_checkpoint(tiny_model_dir, tmp_path / "out", QuantizeOptions(effort=1, calibration="self"), Hooks(plan_checkpoint))
     with pytest.raises(OptionError, match="none, self or sha256"):
         QuantizeOptions(calibration="text.txt")
     from septet.integrations.huggingface import SeptetConfig
 
     with pytest.raises(OptionError, match="an option must be one of"):
-        SeptetConfig(calibration="self")
+        SeptetConfig(effort=1)

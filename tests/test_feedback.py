@@ -9,7 +9,7 @@ from septet.codes import trellis
 from septet.codes.tile import WEIGHTS_PER_TILE, tiles_of_matrix
 from septet.errors import OptionError, ShapeError
 from septet.kernels import BACKEND_VARIABLE, select_backend
-from septet.quantize import dequantize, quantize_trellis
+from septet.quantize import GroupStatistics, dequantize, quantize_trellis
 from septet.quantize.factorization import Factor, factorize
 from septet.quantize.feedback import encode_with_feedback
 from septet.quantize.refit import refit_output_scale
@@ -51,7 +51,7 @@ def test_factor_gives_the_damped_hessian_back(rng: np.random.Generator, inputs: 
     outside = np.abs(np.where(tile[:, None] == tile, 0, inner)).max()
     assert outside <= 1e-6 * np.abs(damped).max()
     assert not np.triu(factor.coefficients[tile[:, None] <= tile]).any()
-    assert factor.damping == 0.01 and np.prod(np.sign(factor.diagonal)) > 0
+    assert factor.damping == 0.03 and np.prod(np.sign(factor.diagonal)) > 0
     assert np.log(factor.diagonal).sum() == pytest.approx(np.linalg.slogdet(damped)[1], abs=1e-6 * inputs)
 
 
@@ -63,14 +63,14 @@ def test_factor_keeps_feedback_sums_exact(rng: np.random.Generator) -> None:
 
 
 def test_singular_hessians_have_a_factor(rng: np.random.Generator) -> None:
-    assert factorize(correlated_hessian(rng, 48, tokens=3)).damping == 0.01
-    assert factorize(np.ones((16, 16))).damping == 0.01
+    assert factorize(correlated_hessian(rng, 48, tokens=3)).damping == 0.03
+    assert factorize(np.ones((16, 16))).damping == 0.03
 
 
 def test_damping_rises_until_it_helps(rng: np.random.Generator) -> None:
     basis = np.linalg.qr(rng.standard_normal((32, 32)))[0]
     values = np.ones(32)
-    for smallest, damping in ((0, 0.01), (-0.02, 0.03), (-0.04, 0.1), (-3, None)):
+    for smallest, damping in ((0, 0.03), (-0.06, 0.1), (-0.12, 0.3), (-3, None)):
         values[0] = smallest
         assert factorize((basis * values) @ basis.T).damping == damping
     assert factorize(np.zeros((8, 8))).coefficients is None
@@ -127,7 +127,7 @@ def test_every_tile_is_encoded_at_its_target(rng: np.random.Generator) -> None:
     """Against the definition, with NumPy's own Cholesky factor."""
     rotated, hessian = gaussian(rng, 64, 16), correlated_hessian(rng, 16)
     _, levels = encode_with_feedback(rotated, factorize(hessian), BITS)
-    cholesky = np.linalg.cholesky(hessian + 0.01 * hessian.trace() / 16 * np.eye(16))
+    cholesky = np.linalg.cholesky(hessian + 0.03 * hessian.trace() / 16 * np.eye(16))
     blocks = np.zeros((16, 16))
     for start in range(0, 16, 4):
         blocks[start : start + 4, start : start + 4] = cholesky[start : start + 4, start : start + 4]
@@ -167,7 +167,7 @@ def test_wrong_sizes_are_refused(rng: np.random.Generator) -> None:
     with pytest.raises(OptionError, match="multiple of 4"):
         encode_with_feedback(rotated, factor, BITS, batch_inputs=6)
     with pytest.raises(ShapeError, match="Hessian of layer"):
-        quantize_trellis([rotated], ["layer"], hessian=np.eye(12))
+        quantize_trellis([rotated], ["layer"], statistics=GroupStatistics(np.eye(12)))
 
 
 # the refit
@@ -209,7 +209,7 @@ def hadamard(size: int, block: int) -> np.ndarray:
 
 def test_quantizing_with_a_hessian_lowers_the_loss_of_outputs(rng: np.random.Generator) -> None:
     weights, hessian = [gaussian(rng, 64, 48) * 0.02, gaussian(rng, 32, 48) * 0.1], correlated_hessian(rng, 48)
-    plain, fed = quantize_trellis(weights, ["q", "k"]), quantize_trellis(weights, ["q", "k"], hessian=hessian)
+    plain, fed = quantize_trellis(weights, ["q", "k"]), quantize_trellis(weights, ["q", "k"], statistics=GroupStatistics(hessian))
     for weight, before, after in zip(weights, plain, fed):
         losses = [proxy_loss((dequantize(made) - weight).astype(np.float64), hessian).sum() for made in (before, after)]
         assert losses[1] < 0.3 * losses[0]
@@ -222,13 +222,13 @@ def test_a_useless_hessian_is_plain_rounding(rng: np.random.Generator) -> None:
     weight = gaussian(rng, 64, 8)
     plain = quantize_trellis([weight], ["layer"])[0]
     for hessian in (np.zeros((8, 8)), np.full((8, 8), np.nan)):
-        fed = quantize_trellis([weight], ["layer"], hessian=hessian)[0]
+        fed = quantize_trellis([weight], ["layer"], statistics=GroupStatistics(hessian))[0]
         assert all(fed.tensors()[name].tobytes() == array.tobytes() for name, array in plain.tensors().items())
 
 
 def test_feedback_does_not_depend_on_pieces_or_threads(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = gaussian(rng, 192, 32), correlated_hessian(rng, 32)
-    whole = quantize_trellis([weight], ["layer"], hessian=hessian, threads=1)[0]
+    whole = quantize_trellis([weight], ["layer"], statistics=GroupStatistics(hessian), threads=1)[0]
     monkeypatch.setattr("septet.quantize.trellis._FEEDBACK_PIECE_WEIGHTS", 1)
-    pieces = quantize_trellis([weight], ["layer"], hessian=hessian, threads=2)[0]
+    pieces = quantize_trellis([weight], ["layer"], statistics=GroupStatistics(hessian), threads=2)[0]
     assert all(pieces.tensors()[name].tobytes() == array.tobytes() for name, array in whole.tensors().items())

@@ -1,10 +1,12 @@
-"""What a model's layers see: Hessians of their inputs, block by block behind the already quantized prefix, and text to collect them on.
+"""What a model's layers see and how much their errors matter, and text to find that out on.
 
-`Calibrator` goes through the blocks of a loaded model while somebody else quantizes its layers; `sample_windows` lets a model write its
-own calibration text. Only torch is needed; the model may be anything whose blocks form a plain chain.
+`Calibrator` goes through the blocks of a loaded model while somebody else quantizes its layers; `measure` finds the sensitivity of its
+predictions to them; `sample_windows` lets a model write its own calibration text. Only torch is needed; the model may be anything whose
+blocks form a plain chain.
 """
 
 from septet.calibration.calibrator import Calibrator
 from septet.calibration.sampling import sample_windows
+from septet.calibration.sensitivity import Sensitivity, measure
 
-__all__ = ["Calibrator", "sample_windows"]
+__all__ = ["Calibrator", "Sensitivity", "measure", "sample_windows"]

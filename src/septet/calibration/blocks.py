@@ -7,7 +7,9 @@ recorder is given must be the very tensor that the one before it returned; a mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
 
-__all__ = ["Arguments", "find_blocks", "hidden_of", "record"]
+__all__ = ["Arguments", "Chain", "find_blocks", "hidden_of"]
 
 _HINT = "quantize it without calibration"
 
@@ -54,35 +56,110 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def record(model: nn.Module, blocks: nn.ModuleList, window: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
-    """Run a model up to its first block.
+class Chain:
+    """The blocks of a model, and the hidden states of some windows on their way through them.
+
+    All parts of the model but its blocks become float32.
 
     Args:
-        model: everything but its blocks in the dtype to compute in.
-        blocks: its blocks, at most the first one of them runs.
-        window: int64 [tokens].
+        model: a causal language model with its weights.
+        blocks: its blocks, at most the first one of them runs here.
+        windows: int64 [windows, tokens].
 
-    Returns:
-        The first block's hidden state [1, tokens, features], and the arguments of each block.
+    Attributes:
+        hidden: before the first block, float32 [tokens, features] per window.
+        arguments: of each block; the same for all windows.
 
     Raises:
-        UnsupportedModelError: the blocks are no plain chain.
+        UnsupportedModelError: the blocks are no plain chain, or depend on more than the hidden state.
     """
-    first = _run(model, blocks, window, None, stop_after=1)
-    output = blocks[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
-    rest = output[1:] if isinstance(output, tuple) else None
-    chain = _run(model, blocks, window, rest, stop_after=len(blocks))
-    if len(chain.arguments) != len(blocks) or any(hidden is not chain.hidden[0] for hidden in chain.hidden):
-        got = f"blocks of {type(model).__name__} that do not hand on what they get"
-        raise UnsupportedModelError("the blocks of a model to calibrate must form a chain", got, _HINT)
-    return chain.hidden[0], chain.arguments
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: torch.Tensor) -> None:
+        self._model, self._blocks, self._real = model, blocks, list(blocks)
+        self._local = threading.local()
+        self._rest: tuple | None = None
+        inside = {id(parameter) for parameter in blocks.parameters()}
+        for module in model.modules():
+            if not any(id(parameter) in inside for parameter in module.parameters()):
+                module.float()
+        dtype = next(blocks[0].parameters()).dtype
+        blocks[0].float()
+        self.hidden: list[torch.Tensor] = []
+        self.arguments: list[Arguments] = []
+        with torch.no_grad(), self.recorders():
+            for window in windows:
+                hidden, arguments = self._record(window)
+                self.hidden.append(hidden[0].float().clone())
+                self.arguments = self.arguments or arguments
+                if not _same(self.arguments, arguments):
+                    got = f"other arguments for another text in {type(model).__name__}"
+                    raise UnsupportedModelError("blocks to calibrate must depend on the hidden state alone", got, _HINT)
+        blocks[0].to(dtype)
+
+    def block_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of one window: float32 [tokens, features] both."""
+        arguments = self.arguments[index]
+        return hidden_of(self._blocks[index](hidden[None], *arguments.positional, **arguments.named))[0]
+
+    @contextmanager
+    def recorders(self) -> Iterator[None]:
+        """Recorders in place of the blocks, until the end of the `with`."""
+        try:
+            for index, block in enumerate(self._real):
+                self._blocks[index] = _Recorder(block, self._local)
+            yield
+        finally:
+            for index, block in enumerate(self._real):
+                self._blocks[index] = block
+
+    def logits(self, window: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model predicts from the hidden state behind the last block; inside `with recorders()`, in any thread.
+
+        Args:
+            window: int64 [tokens], the text; only its length matters.
+            hidden: float32 [tokens, features].
+
+        Returns:
+            float32 [tokens, vocabulary].
+        """
+        return self._run(window, _Calls(self._rest, None, hidden[None])).output.logits[0].float()
+
+    def _record(self, window: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+        """The first block's hidden state [1, tokens, features], and the arguments of each block."""
+        first = self._run(window, _Calls(None, 1))
+        output = self._real[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
+        self._rest = output[1:] if isinstance(output, tuple) else None
+        chain = self._run(window, _Calls(self._rest, len(self._real)))
+        if len(chain.arguments) != len(self._real) or any(hidden is not chain.hidden[0] for hidden in chain.hidden):
+            got = f"blocks of {type(self._model).__name__} that do not hand on what they get"
+            raise UnsupportedModelError("the blocks of a model to calibrate must form a chain", got, _HINT)
+        return chain.hidden[0], chain.arguments
+
+    def _run(self, window: torch.Tensor, calls: _Calls) -> _Calls:
+        """Call the model with recorders instead of blocks."""
+        self._local.calls = calls
+        try:
+            calls.output = self._model(input_ids=window[None], use_cache=False)
+        except _LastBlock:
+            pass
+        return calls
 
 
 class _Calls:
-    """What the recorders have noted: hidden states and arguments, one of each per call."""
+    """What the recorders have noted: hidden states and arguments, one of each per call.
 
-    def __init__(self, rest: tuple | None, stop_after: int) -> None:
-        self.rest, self.stop_after = rest, stop_after
+    Args:
+        rest: what a block returns besides the hidden state.
+        stop_after: how many calls to take before the model is stopped; None: run it to its end.
+        instead: a hidden state that every call hands on instead of what it got.
+
+    Attributes:
+        output: of the model, when it was run to its end.
+    """
+
+    def __init__(self, rest: tuple | None, stop_after: int | None, instead: torch.Tensor | None = None) -> None:
+        self.rest, self.stop_after, self.instead = rest, stop_after, instead
+        self.output: Any = None
         self.hidden: list[torch.Tensor] = []
         self.arguments: list[Arguments] = []
 
@@ -94,35 +171,35 @@ class _Calls:
         self.arguments.append(Arguments(positional[1:], named))
         if len(self.hidden) == self.stop_after:
             raise _LastBlock
+        if self.instead is not None:
+            hidden = self.instead
         return hidden if self.rest is None else (hidden, *self.rest)
 
 
 class _Recorder(nn.Module):
     """Stands in for a block; what else is asked of the block is answered by the block."""
 
-    def __init__(self, block: nn.Module, calls: _Calls) -> None:
+    def __init__(self, block: nn.Module, local: threading.local) -> None:
         super().__init__()
         # Not a submodule: its weights must not be seen twice.
-        self.__dict__["block"], self.__dict__["calls"] = block, calls
+        self.__dict__["block"], self.__dict__["local"] = block, local
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
         """Note the call."""
-        return self.calls.note(positional, named)
+        return self.__dict__["local"].calls.note(positional, named)
 
 
-def _run(model: nn.Module, blocks: nn.ModuleList, window: torch.Tensor, rest: tuple | None, stop_after: int) -> _Calls:
-    """Call a model with recorders instead of blocks."""
-    calls, real = _Calls(rest, stop_after), list(blocks)
-    try:
-        for index, block in enumerate(real):
-            blocks[index] = _Recorder(block, calls)
-        model(input_ids=window[None], use_cache=False)
-    except _LastBlock:
-        pass
-    finally:
-        for index, block in enumerate(real):
-            blocks[index] = block
-    return calls
+def _same(first: object, second: object) -> bool:
+    """Whether arguments are equal, tensors by value."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, Arguments) and isinstance(second, Arguments):
+        return _same(first.positional, second.positional) and _same(first.named, second.named)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    return type(first) is type(second) and (isinstance(first, torch.nn.Module) or first is second or first == second)

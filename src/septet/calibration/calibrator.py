@@ -1,30 +1,39 @@
-"""Hessians for one layer after the other, from the inputs it will really see.
+"""Statistics for one layer after the other, from the inputs it will really see.
 
-The windows' hidden states wait before the block at work. Its Hessians are collected in one pass with the block's original weights;
-when all its layers have been quantized, a second pass with their new weights moves the hidden states on. So every block is
-calibrated behind the quantized ones before it. Memory: the model as it was loaded, less the blocks that are done; one block in
-float32 with its Hessians; the hidden states; the inputs of a few windows. Results do not depend on the number of threads.
+The windows' hidden states wait before the block at work. For each of its groups they run up to that group, through the new weights of
+the layers before it; when all its layers have been quantized, they move on. So every layer is calibrated behind all quantized ones before
+it. The same windows also go through the unquantized model, to see how far inputs have moved. Memory: the model as it was loaded, less
+the blocks that are done; one block in float32; the hidden states twice; all inputs of one block's layers; a few statistics.
+Results do not depend on the number of threads.
 
-Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323).
+Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); moved inputs after Li et al. 2025 (GPTAQ, 2504.02692).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from septet.calibration.blocks import Arguments, find_blocks, hidden_of, record
+from septet.calibration.blocks import Chain, find_blocks, hidden_of
+from septet.calibration.sensitivity import Sensitivity
 from septet.calibration.workers import map_windows
 from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
-from septet.quantize import QuantizedTensor, dequantize
+from septet.quantize import GroupStatistics, QuantizedTensor, dequantize
 from septet.quantize.hessian import HessianSum
+from septet.quantize.scales import sum_all
 
 __all__ = ["Calibrator"]
+
+_Looked = TypeVar("_Looked")
+#: How much of the inputs' Hessian counts tokens by what depends on them (docs/log.md).
+_WEIGHED_SHARE = 0.3
 
 
 class Calibrator:
@@ -35,31 +44,42 @@ class Calibrator:
         layers: the plan, groups of a block before those of the next.
         windows: int64 [windows, tokens], the calibration text.
         threads: 0 is the default number; the result does not depend on it.
+        sensitivity: of the layers, from `measure`; None: only inputs are looked at, and how far they have moved is not.
 
     Raises:
         OptionError: there are no windows.
         UnsupportedModelError: the model has no list of blocks.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[LayerPlan], windows: torch.Tensor, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerPlan],
+        windows: torch.Tensor,
+        threads: int = 0,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
         if windows.ndim != 2 or 0 in windows.shape:
             raise OptionError("calibration must have windows of tokens", list(windows.shape), "give a longer text")
-        self._model, self._layers, self._windows, self._threads = model, list(layers), windows, threads
+        self._model, self._layers, self._windows, self._threads = model.requires_grad_(False), list(layers), windows, threads
+        self._sensitivity = sensitivity
         self._prefix, self._blocks = find_blocks(model, layers)
-        #: Hidden states before the current block, float32 [tokens, features] per window; empty before the first.
+        self._chain: Chain | None = None
+        #: Hidden states before the current block, float32 [tokens, features] per window, with quantized and with original weights.
         self._hidden: list[torch.Tensor] = []
-        self._arguments: list[Arguments] = []
+        self._original: list[torch.Tensor] = []
+        #: Inputs of the current block's layers in the unquantized model, by key, one array per window.
+        self._original_inputs: dict[str, list[np.ndarray]] = {}
         self._current = -1
-        self._sums: dict[str, HessianSum] = {}
 
-    def hessian(self, layers: Sequence[LayerPlan]) -> np.ndarray | None:
-        """The Hessian of a fused group, after all earlier blocks have been taken over.
+    def statistics(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
+        """What is known of a fused group, after all earlier layers have been taken over.
 
         Args:
-            layers: the group. Blocks must be asked for in their order.
+            layers: the group. Groups of a block must be asked for after those of earlier blocks.
 
         Returns:
-            float64 [K, K] per token, in the original basis; None for layers outside the blocks, and where no token came by.
+            None for layers outside the blocks, and where no token came by.
 
         Raises:
             UnsupportedModelError: the blocks are no plain chain, or are asked for out of order.
@@ -72,13 +92,33 @@ class Calibrator:
             raise UnsupportedModelError("layers to calibrate must come block by block", got, "quantize without calibration")
         while self._current < index:
             self._go_on()
-        total = self._sums.get(layers[0].group)
-        return total.mean() if total is not None and total.tokens else None
+        total, drift = self._collect(layers)
+        if not total.tokens:
+            return None
+        inputs = total.mean()
+        if self._sensitivity is None or layers[0].group not in self._sensitivity.inputs:
+            return GroupStatistics(inputs)
+        weighed = self._sensitivity.inputs[layers[0].group].astype(np.float64)
+        trace, other = (sum_all(np.ascontiguousarray(matrix.diagonal())) for matrix in (inputs, weighed))
+        if 0 < other < np.inf:
+            inputs = (1 - _WEIGHED_SHARE) * inputs + _WEIGHED_SHARE * trace / other * weighed
+        outputs = tuple(self._sensitivity.outputs[layer.name] for layer in layers)
+        return GroupStatistics(inputs, None if drift is None else drift / total.tokens, outputs)
+
+    def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
+        """What is known of a group before anything is quantized, from the sensitivity; None where nothing is."""
+        known = self._sensitivity
+        if known is None or layers[0].group not in known.inputs:
+            return None
+        return GroupStatistics(known.inputs[layers[0].group].astype(np.float64), None, tuple(known.outputs[layer.name] for layer in layers))
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
-        """Let everything after this layer see its quantized weights."""
-        if self._hidden and self._block_of(layer) is None:
+        """Let everything after this layer see its quantized weights; layers come in the order of the plan."""
+        index = self._block_of(layer)
+        if index is None and self._chain is not None:
             return
+        while index is not None and self._current < index:
+            self._go_on()
         weight = torch.from_numpy(dequantize(quantized))
         module = self._model.get_submodule(layer.name)
         module.weight = nn.Parameter(weight.T.contiguous() if layer.kind == "conv1d" else weight, requires_grad=False)
@@ -90,84 +130,109 @@ class Calibrator:
         return int(layer.name[len(self._prefix) + 1 :].split(".", 1)[0])
 
     def _go_on(self) -> None:
-        """Move the hidden states behind the current block, and collect the Hessians of the next."""
-        if self._current < 0:
-            self._embed()
+        """Move the hidden states behind the current block, and see what the next one gets in the unquantized model."""
+        if self._chain is None:
+            self._chain = Chain(self._model, self._blocks, self._windows)
+            self._hidden = self._chain.hidden
+            self._original = self._hidden
         else:
-            self._pass(self._current, {})
+            parts = map_windows(lambda hidden: self._chain.block_output(self._current, hidden), self._hidden, self._threads)
+            self._hidden = [moved for part in parts for moved in part]
             self._blocks[self._current].to("meta")
         self._current += 1
         self._blocks[self._current].float()
-        members = [layer for layer in self._layers if self._block_of(layer) == self._current]
-        self._sums = {layer.group: HessianSum(layer.shape[1]) for layer in members}
+        if self._sensitivity is not None:
+            members = [layer for layer in self._layers if self._block_of(layer) == self._current]
+            self._original_inputs, moved = {}, []
+            for results in self._watch(self._original, self._watched(members), lambda number, inputs: inputs, stop=False):
+                moved += [output for _, output in results]
+                for inputs, _ in results:
+                    for key, rows in inputs.items():
+                        self._original_inputs.setdefault(key, []).append(rows)
+            self._original = moved
+
+    def _watched(self, layers: Sequence[LayerPlan]) -> dict[str, nn.Module]:
+        """One module for each input that the layers read, by key.
+
+        Neighbours of one parent read the same input; experts are several parents in one group, each with tokens of its own.
+        """
         watched: dict[str, nn.Module] = {}
-        for layer in members:
-            # Neighbours of one parent read the same input; experts are several parents in one group, each with tokens of its own.
+        for layer in layers:
             watched.setdefault(f"{layer.name.rpartition('.')[0]}|{layer.group}", self._model.get_submodule(layer.name))
-        self._pass(self._current, watched)
+        return watched
 
-    def _embed(self) -> None:
-        """Compute the hidden states before the first block, and learn the arguments of all blocks."""
-        inside = {id(parameter) for parameter in self._blocks.parameters()}
-        for module in self._model.modules():
-            if not any(id(parameter) in inside for parameter in module.parameters()):
-                module.float()
-        self._blocks[0].float()
-        with torch.inference_mode():
-            for window in self._windows:
-                hidden, arguments = record(self._model, self._blocks, window)
-                self._hidden.append(hidden[0].float().clone())
-                self._arguments = self._arguments or arguments
-                if not _same(self._arguments, arguments):
-                    got = f"other arguments for another text in {type(self._model).__name__}"
-                    hint = "quantize it without calibration"
-                    raise UnsupportedModelError("blocks to calibrate must depend on the hidden state alone", got, hint)
+    def _collect(self, layers: Sequence[LayerPlan]) -> tuple[HessianSum, np.ndarray | None]:
+        """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known."""
+        total, size, watched = HessianSum(layers[0].shape[1]), layers[0].shape[1], self._watched(layers)
+        drift = np.zeros((size, size)) if self._sensitivity is not None else None
+        for results in self._watch(self._hidden, watched, self._with_drift, stop=True):
+            for key in watched:
+                rows = [inputs[key] for (inputs, _), _ in results if key in inputs]
+                if rows:
+                    total.add(np.concatenate(rows))
+            for (_, moved), _ in results:
+                drift = None if drift is None or moved is None else drift + moved
+        return total, drift
 
-    def _pass(self, index: int, watched: dict[str, nn.Module]) -> None:
-        """Run a block over all windows: with modules to watch their Hessians grow, without the hidden states move on."""
-        block, arguments, seen = self._blocks[index], self._arguments[index], threading.local()
-        hooks = [module.register_forward_pre_hook(_Watcher(key, seen)) for key, module in watched.items()]
+    def _with_drift(self, number: int, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """The inputs that a window gives, and the sum of (x_original - x) transpose(x), float32 [K, K]; None if that is not known."""
+        drift = None
+        for key, rows in inputs.items():
+            originals = self._original_inputs.get(key, [])
+            # Experts may get other tokens in the unquantized model; there is nothing to compare then.
+            if len(originals) != len(self._hidden) or originals[number].shape != rows.shape:
+                return inputs, None
+            moved = torch.from_numpy(originals[number] - rows).T @ torch.from_numpy(rows)
+            drift = moved.numpy() if drift is None else drift + moved.numpy()
+        return inputs, drift
 
-        def work(hidden: torch.Tensor) -> tuple[dict[str, np.ndarray], torch.Tensor]:
-            seen.inputs = {}
-            output = hidden_of(block(hidden[None], *arguments.positional, **arguments.named))
-            return seen.inputs, output[0]
+    def _watch(
+        self,
+        hidden: list[torch.Tensor],
+        watched: dict[str, nn.Module],
+        look: Callable[[int, dict[str, np.ndarray]], _Looked],
+        stop: bool,
+    ) -> Iterator[list[tuple[_Looked, torch.Tensor | None]]]:
+        """Run the current block over windows.
 
-        moved: list[torch.Tensor] = []
+        Args:
+            hidden: before the block.
+            watched: modules whose inputs are wanted.
+            look: called in the window's own thread with its number and the inputs by key, float32 [tokens, K].
+            stop: stop as soon as all of them have been seen.
+
+        Yields:
+            For a few windows at a time, what `look` returns and the hidden state behind the block, or None.
+        """
+        arguments, seen, block = self._chain.arguments[self._current], threading.local(), self._blocks[self._current]
+        hooks = [module.register_forward_pre_hook(_Watcher(key, seen, len(watched) if stop else 0)) for key, module in watched.items()]
+
+        def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
+            seen.inputs, output = {}, None
+            with suppress(_SeenAll):
+                output = hidden_of(block(item[1][None], *arguments.positional, **arguments.named))[0]
+            return look(item[0], seen.inputs), output
+
         try:
-            for results in map_windows(work, self._hidden, self._threads):
-                for key in watched:
-                    inputs = [captured[key] for captured, _ in results if key in captured]
-                    if inputs:
-                        self._sums[key.split("|", 1)[1]].add(np.concatenate(inputs))
-                moved += [output for _, output in results if not watched]
+            yield from map_windows(work, list(enumerate(hidden)), self._threads)
         finally:
             for hook in hooks:
                 hook.remove()
-        if not watched:
-            self._hidden = moved
+
+
+class _SeenAll(Exception):
+    """All inputs that were wanted have been seen; the rest of the block need not run."""
 
 
 class _Watcher:
-    """A hook that keeps a module's input: float32 [tokens, K] under its key, in the thread's own store."""
+    """A hook that keeps a module's input, float32 [tokens, K], under its key in the thread's own store."""
 
-    def __init__(self, key: str, seen: threading.local) -> None:
-        self._key, self._seen = key, seen
+    def __init__(self, key: str, seen: threading.local, enough: int) -> None:
+        self._key, self._seen, self._enough = key, seen, enough
 
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         rows = arguments[0].reshape(-1, arguments[0].shape[-1]).float().numpy()
         earlier = self._seen.inputs.get(self._key)
         self._seen.inputs[self._key] = rows.copy() if earlier is None else np.concatenate([earlier, rows])
-
-
-def _same(first: object, second: object) -> bool:
-    """Whether arguments are equal, tensors by value."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first.shape == second.shape and torch.equal(first, second)
-    if isinstance(first, Arguments) and isinstance(second, Arguments):
-        return _same(first.positional, second.positional) and _same(first.named, second.named)
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    return type(first) is type(second) and (isinstance(first, torch.nn.Module) or first is second or first == second)
+        if len(self._seen.inputs) == self._enough:
+            raise _SeenAll

@@ -23,20 +23,23 @@ _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 
 
-def map_windows(work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0) -> Iterator[list[_Result]]:
-    """Apply `work` to all items, without gradients.
+def map_windows(
+    work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0, gradients: bool = False
+) -> Iterator[list[_Result]]:
+    """Apply `work` to all items.
 
     Args:
         work: called in worker threads, with torch on one thread each.
         items: one per window.
         threads: 0 is the default number; the results do not depend on it.
+        gradients: let torch record what it needs for a backward pass.
 
     Yields:
         The results of `WINDOWS_AT_ONCE` items at a time, in order.
     """
 
     def quietly(item: _Item) -> _Result:
-        with torch.inference_mode():
+        with torch.set_grad_enabled(gradients):
             return work(item)
 
     for start in range(0, len(items), WINDOWS_AT_ONCE):

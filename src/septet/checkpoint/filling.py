@@ -16,6 +16,8 @@ from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
 from septet.model import LayerPlan
+from septet.quantize import QuantizedTensor
+from septet.quantize.stored import stored_arrays
 
 __all__ = ["Progress", "Run", "fill"]
 
@@ -25,7 +27,8 @@ class Progress:
     """Something happened.
 
     Args:
-        stage: "convert", "sample" (the model writes text), "check" (jobs of an earlier run), "quantize", "copy" or "finish".
+        stage: "convert", "sample" (the model writes text), "measure" (which errors matter), "check" (jobs of an earlier run), "quantize",
+            "copy" or "finish".
         name: the layer, tensor or file it is about.
         done_bytes: how much of the source has been worked off.
         total_bytes: of the source; 0 while unknown.
@@ -83,6 +86,9 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
         run.progress(Progress(stage, job.name, done, total))
         if job.name not in run.workspace.records:
             (_quantize if job.layers else _copy)(run, job, places)
+        elif run.calibration is not None:
+            for layer in job.layers:
+                run.calibration.take_over(layer, _read_quantized(run, job, layer, places))
         done += job.source_bytes
         entries = run.workspace.records[job.name]["layers"].values()
         run.progress(Progress(stage, job.name, done, total, max((entry["relative_error"] for entry in entries), default=None)))
@@ -91,18 +97,12 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
 
 
 def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
-    """Drop the record of every job whose tensors are not what was recorded; with calibration, that of every quantized layer.
-
-    What a layer sees depends on all quantized layers before it, so a calibrated run starts with the first one again.
-    """
+    """Drop the record of every job whose tensors are not what was recorded."""
     files = {shard.name: open_tensor_file(run.workspace.path / shard.name) for shard in shards} if run.workspace.records else {}
     owners = {key: files[shard.name] for shard in shards for key in shard.offsets if files}
     for job in jobs:
         record = run.workspace.records.get(job.name)
         if record is None:
-            continue
-        if run.calibration is not None and job.layers:
-            del run.workspace.records[job.name]
             continue
         run.progress(Progress("check", job.name))
         for tensor in job.writes:
@@ -130,6 +130,27 @@ def _quantize(run: Run, job: Job, places: _Places) -> None:
             shard, offset = places[key]
             run.workspace.write(shard, [(offset, array)])
     run.workspace.record(job.name, crc32=checksums, layers=layers)
+
+
+def _read_quantized(run: Run, job: Job, layer: LayerPlan, places: _Places) -> QuantizedTensor:
+    """What an earlier run made of a layer, for a calibration that goes on behind it."""
+    entry = run.workspace.records[job.name]["layers"][layer.name]
+    arrays = {}
+    for part, (dtype, shape) in stored_arrays(entry, layer.name).items():
+        key = f"{layer.name}.{part}"
+        arrays[part] = open_tensor_file(run.workspace.path / places[key][0]).read(key).view(dtype).reshape(shape)
+    return QuantizedTensor(
+        code=entry["code"],
+        bits_per_pair=entry["bits_per_pair"],
+        shape=layer.shape,
+        packed=arrays["weight"],
+        scale=arrays["weight_scale"],
+        offset=arrays.get("weight_offset"),
+        input_scale=arrays.get("weight_input_scale"),
+        input_block=entry.get("input_block", 1),
+        output_block=entry.get("output_block", 1),
+        group_size=entry.get("group_size"),
+    )
 
 
 def _copy(run: Run, job: Job, places: _Places) -> None:

@@ -14,11 +14,11 @@ from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
 from septet.errors import CheckpointError
 from septet.model import LayerPlan
-from septet.quantize import QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
+from septet.quantize import GroupStatistics, QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
 from septet.quantize.stored import stored_arrays
 from septet.quantize.tensor import RowSource
 
-__all__ = ["Calibration", "Job", "list_jobs", "quantize_group", "quantize_job", "source_key"]
+__all__ = ["Calibration", "Job", "list_jobs", "quantize_group", "quantize_job", "read_matrices", "source_key"]
 
 _STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
 
@@ -43,11 +43,14 @@ class Job:
 class Calibration(Protocol):
     """Who knows what the layers of a model see; `septet.calibration.Calibrator` is one."""
 
-    def hessian(self, layers: Sequence[LayerPlan]) -> np.ndarray | None:
-        """The Hessian of a group, float64 [K, K] per token; None to round plainly. Groups are asked for in the order of the plan."""
+    def statistics(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
+        """What is known of a group; None to round plainly. Groups are asked for in the order of the plan."""
+
+    def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
+        """What is known of a group before anything is quantized, in any order; None where nothing is."""
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
-        """Let later Hessians see this layer's quantized weights."""
+        """Let later statistics see this layer's quantized weights."""
 
 
 def list_jobs(source: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions) -> list[Job]:
@@ -117,17 +120,23 @@ def _outputs(layer: LayerPlan, options: QuantizeOptions) -> list[OutputTensor]:
 def quantize_job(
     source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int, calibration: Calibration | None = None
 ) -> list[QuantizedTensor]:
-    """Quantize the layers of a job, with error feedback where the calibration has a Hessian."""
-    matrices: list[RowSource] = []
-    for layer in job.layers:
-        stored = StoredMatrix(source.file_of(source_key(layer)), source_key(layer))
-        matrices.append(np.ascontiguousarray(stored[:].T) if layer.kind == "conv1d" else stored)
-    hessian = calibration.hessian(job.layers) if calibration is not None and job.layers[0].code == "trellis" else None
-    made = quantize_group(job.layers, matrices, options, threads, hessian)
+    """Quantize the layers of a job, with error feedback where the calibration knows something."""
+    matrices = read_matrices(source, job.layers)
+    statistics = calibration.statistics(job.layers) if calibration is not None and job.layers[0].code == "trellis" else None
+    made = quantize_group(job.layers, matrices, options, threads, statistics)
     if calibration is not None:
         for layer, quantized in zip(job.layers, made):
             calibration.take_over(layer, quantized)
     return made
+
+
+def read_matrices(source: ModelDirectory, layers: Sequence[LayerPlan]) -> list[RowSource]:
+    """The weights of layers, [N, K] each; most of them stay on disk until rows are asked for."""
+    matrices: list[RowSource] = []
+    for layer in layers:
+        stored = StoredMatrix(source.file_of(source_key(layer)), source_key(layer))
+        matrices.append(np.ascontiguousarray(stored[:].T) if layer.kind == "conv1d" else stored)
+    return matrices
 
 
 def quantize_group(
@@ -135,7 +144,7 @@ def quantize_group(
     matrices: Sequence[RowSource],
     options: QuantizeOptions,
     threads: int = 0,
-    hessian: np.ndarray | None = None,
+    statistics: GroupStatistics | None = None,
 ) -> list[QuantizedTensor]:
     """Quantize layers that belong together.
 
@@ -144,7 +153,7 @@ def quantize_group(
         matrices: [N_i, K] each, arrays or anything that hands out rows as float32.
         options: how.
         threads: 0 is the default number; the result does not depend on it.
-        hessian: float64 [K, K] of the group's inputs, for error feedback in code trellis; None: plain rounding.
+        statistics: of the group, for error feedback in code trellis; None: plain rounding.
 
     Raises:
         CodeRangeError: a weight is not finite or too large.
@@ -155,4 +164,4 @@ def quantize_group(
     if code == "split":
         chosen = options.symmetric, options.granularity, options.group_size, options.range_method
         return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
-    return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads, hessian)
+    return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads, statistics)

@@ -9,11 +9,13 @@ from septet.kernels.weights import SEGMENTS
 from septet.quantize.ranges import METHODS
 from septet.quantize.split import GRANULARITIES
 
-__all__ = ["FORMAT_VERSION", "HEADS", "QuantizeOptions"]
+__all__ = ["CALIBRATION_TOKENS", "FORMAT_VERSION", "HEADS", "QuantizeOptions"]
 
 FORMAT_VERSION = 0
 HEADS = ("int8", "trellis", "keep")
 _BITS_PER_PAIR = {"trellis": {3.0: 6, 3.5: 7, 4.0: 8}, "split": {3.5: 7}}
+#: How many tokens each effort calibrates with, unless told otherwise.
+CALIBRATION_TOKENS = (0, 8_192, 16_384, 32_768)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class QuantizeOptions:
 
     Args:
         code: "trellis" or "split", for the linear layers.
-        bits_per_weight: 3.0, 3.5 or 4.0 for trellis, 3.5 for split.
+        bits_per_weight: average over the linear layers, without scales: 3.0 to 4.0 for trellis, 3.5 for split.
         head: "int8", "trellis" or "keep", for the output head and an embedding tied to it.
         activations: "int8" or "float", the default of the reader's products.
         activation_scale: "token" or "block".
@@ -33,9 +35,12 @@ class QuantizeOptions:
         group_size: inputs per group, a multiple of 4.
         range_method: of split: "mse", "minmax" or "minmax_shared".
         max_shard_bytes: of one output file.
-        calibration: what error feedback is based on: "none" (plain rounding), "self" (text that the model writes), or "sha256:..." of
-            the text given. Only for code trellis.
-        calibration_tokens: about how many tokens to calibrate with.
+        effort: 0 plain rounding; 1 error feedback; 2 and 3 also what errors matter for the model's predictions, and how far
+            inputs have moved. Only for code trellis.
+        calibration: the text for efforts above 0: "self" (the model writes it), or "sha256:..." of the text given; else "none".
+        calibration_tokens: about how many tokens to calibrate with; 0 is the effort's own number.
+        allocation: "uniform": all layers have the same width; "measured": 6, 7 or 8 bits per pair for each group of layers, so that
+            the average is `bits_per_weight` and the expected loss is least.
 
     Raises:
         OptionError: a value is unknown.
@@ -53,8 +58,10 @@ class QuantizeOptions:
     group_size: int = 128
     range_method: str = "mse"
     max_shard_bytes: int = 5_000_000_000
+    effort: int = 0
     calibration: str = "none"
-    calibration_tokens: int = 32_768
+    calibration_tokens: int = 0
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         known = {
@@ -64,31 +71,53 @@ class QuantizeOptions:
             "activation_scale": SEGMENTS,
             "granularity": GRANULARITIES,
             "range_method": METHODS,
+            "allocation": ("uniform", "measured"),
+            "effort": tuple(range(len(CALIBRATION_TOKENS))),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise OptionError(f"{name} must be one of {', '.join(values)}", getattr(self, name), "correct the option")
-        widths = _BITS_PER_PAIR[self.code]
-        if self.bits_per_weight not in widths:
-            allowed = ", ".join(str(bits) for bits in widths)
-            raise OptionError(f"bits of code {self.code} must be one of {allowed}", self.bits_per_weight, "correct the option")
+                raise OptionError(f"{name} must be one of {', '.join(map(str, values))}", getattr(self, name), "correct the option")
+        self._check_bits()
+        self._check_calibration()
         if self.rotation_block < 1 or self.rotation_block & (self.rotation_block - 1):
             raise OptionError("rotation_block must be a power of two", self.rotation_block, "use 256")
         if self.group_size < 4 or self.group_size % 4:
             raise OptionError("group_size must be a multiple of 4", self.group_size, "use 128")
         if self.max_shard_bytes < 1:
             raise OptionError("max_shard_bytes must be positive", self.max_shard_bytes, "use 5000000000")
-        if self.calibration != "none" and self.code != "trellis":
-            raise OptionError("calibration is for code trellis only", self.code, "leave one of the two options out")
+
+    def _check_bits(self) -> None:
+        widths = _BITS_PER_PAIR[self.code]
+        least, most = min(widths), max(widths)
+        if not least <= self.bits_per_weight <= most:
+            allowed = f"{least} to {most}" if least < most else str(least)
+            raise OptionError(f"bits of code {self.code} must be {allowed}", self.bits_per_weight, "correct the option")
+        if self.allocation == "uniform" and self.bits_per_weight not in widths:
+            allowed = ", ".join(map(str, widths))
+            raise OptionError(f"bits of uniform layers must be one of {allowed}", self.bits_per_weight, "use allocation measured")
+        if self.allocation == "measured" and self.code != "trellis":
+            raise OptionError("allocation measured is for code trellis only", self.code, "leave one of the two options out")
+
+    def _check_calibration(self) -> None:
+        if self.effort and self.code != "trellis":
+            raise OptionError("effort above 0 is for code trellis only", self.code, "use effort 0")
         if self.calibration not in ("none", "self") and not self.calibration.startswith("sha256:"):
             raise OptionError("calibration must be none, self or sha256:...", self.calibration, "correct the option")
-        if self.calibration_tokens < 1:
-            raise OptionError("calibration_tokens must be positive", self.calibration_tokens, "use 32768")
+        if (self.effort > 0) != (self.calibration != "none"):
+            got = f"effort {self.effort} with calibration {self.calibration}"
+            raise OptionError("efforts above 0 and calibration need each other", got, "use effort 0 with calibration none")
+        if self.calibration_tokens < 0:
+            raise OptionError("calibration_tokens must be positive", self.calibration_tokens, "leave it out")
 
     @property
     def bits_per_pair(self) -> int:
-        """6, 7 or 8."""
-        return _BITS_PER_PAIR[self.code][self.bits_per_weight]
+        """6, 7 or 8 for all layers; before widths are chosen layer by layer, a middle one."""
+        return _BITS_PER_PAIR[self.code].get(self.bits_per_weight, 7)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens to calibrate with."""
+        return self.calibration_tokens or CALIBRATION_TOKENS[self.effort]
 
     def as_json(self) -> dict[str, object]:
         """All options as JSON values."""

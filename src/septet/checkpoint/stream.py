@@ -18,6 +18,7 @@ from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
 from septet.checkpoint.jobs import Calibration
 from septet.checkpoint.options import QuantizeOptions
+from septet.checkpoint.widths import choose_widths
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.model import LayerPlan
@@ -73,6 +74,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
         directory = _source_directory(source, workspace, hooks)
         layers = hooks.plan(directory, options)
         calibration = _calibration(directory, layers, options, hooks)
+        layers = choose_widths(directory, layers, options, calibration)
         fill(Run(workspace, directory, options, threads, hooks.progress, calibration), layers, made_from)
         workspace.finish()
     finally:

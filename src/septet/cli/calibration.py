@@ -1,4 +1,4 @@
-"""What `--calibration` means: a text file, text that the model writes itself, or none."""
+"""What `--effort` and `--calibration` mean: text from a file or from the model itself, and what is found out on it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from septet.checkpoint.stream import Progress
     from septet.model import LayerPlan
 
-__all__ = ["calibrate_with", "calibration_name"]
+__all__ = ["calibrate_with", "calibration_name", "write_windows"]
 
 _CONTEXT = 512
+#: Sensitivities are measured on the beginnings of the windows; half of the tokens do.
+_SENSITIVITY_CONTEXT = 256
 
 
 def calibration_name(choice: str) -> str:
@@ -46,24 +48,31 @@ def calibrate_with(
         choice: "self" or the path of a text file.
         options: of the run.
         threads: 0 is the default number; the result does not depend on it.
-        show: called while the model writes.
+        show: called while the model writes and is measured.
     """
 
     def calibrate(directory: ModelDirectory, layers: list[LayerPlan]) -> Calibrator:
         from septet import loading
-        from septet.calibration import Calibrator
+        from septet.calibration import Calibrator, measure
+        from septet.checkpoint.stream import Progress
 
-        # While the model writes it runs as a whole; a text given is read by one block in float32 at a time.
-        model = loading.load_model(directory.path, dtype="float32" if choice == "self" else "auto")
+        model = loading.load_model(directory.path)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
-        count = -(-options.calibration_tokens // context)
-        make = _written if choice == "self" else _read
-        return Calibrator(model, layers, make(choice, model, (count, context), options.seed, threads, show), threads)
+        shape = -(-options.tokens // context), context
+        windows = write_windows(model, shape, options.seed, threads, show) if choice == "self" else _read(choice, model, shape)
+        sensitivity = None
+        if options.effort >= 2:
+
+            def measured(done: int, total: int) -> None:
+                show(Progress("measure", f"block {done} of {total}"))
+
+            sensitivity = measure(model, layers, windows[:, :_SENSITIVITY_CONTEXT].contiguous(), options.seed, threads, measured)
+        return Calibrator(model, layers, windows, threads, sensitivity)
 
     return calibrate
 
 
-def _read(choice: str, model: object, shape: tuple[int, int], *_: object) -> torch.Tensor:
+def _read(choice: str, model: torch.nn.Module, shape: tuple[int, int]) -> torch.Tensor:
     """Windows from a text, evenly spread over it."""
     import torch
 
@@ -77,8 +86,21 @@ def _read(choice: str, model: object, shape: tuple[int, int], *_: object) -> tor
     return tokens[torch.arange(count) * len(tokens) // count]
 
 
-def _written(choice: str, model: object, shape: tuple[int, int], seed: int, threads: int, show: Callable[[Progress], None]) -> torch.Tensor:
-    """Windows that the model writes."""
+def write_windows(
+    model: torch.nn.Module, shape: tuple[int, int], seed: int, threads: int, show: Callable[[Progress], None]
+) -> torch.Tensor:
+    """Windows that the model writes.
+
+    Args:
+        model: a causal language model.
+        shape: (windows, tokens of each).
+        seed: of the draws.
+        threads: 0 is the default number; the result does not depend on it.
+        show: called after some of them.
+
+    Returns:
+        int64 of that shape.
+    """
     from septet.calibration import sample_windows
     from septet.checkpoint.stream import Progress
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from septet.checkpoint import QuantizeOptions
 
 __all__ = ["quantize", "quantize_with_bar"]
+
+
+_EFFORT_HELP = (
+    "0: plain rounding. 1: error feedback. 2: also follows what errors matter for, and how far inputs have moved. 3: more text, and widths "
+    "by layer where they win."
+)
 
 
 class Code(str, Enum):
@@ -41,9 +49,12 @@ def quantize(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or a .gguf file (dequantized first).")],
     out: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
     code: Annotated[Code, typer.Option(help="trellis: better; split: simpler and quicker.")] = Code.trellis,
-    bits: Annotated[float, typer.Option(help="Bits per weight: 3, 3.5 or 4 (split: 3.5).")] = 3.5,
-    calibration: Annotated[str, typer.Option(help="A text file; self: text that the model writes; none: plain rounding.")] = "none",
-    calibration_tokens: Annotated[int, typer.Option(help="About how many tokens to calibrate with.")] = 32_768,
+    bits: Annotated[float, typer.Option(help="Average bits per weight of the linear layers: 3 to 4 (split: 3.5).")] = 3.5,
+    effort: Annotated[int | None, typer.Option(help=_EFFORT_HELP, show_default="2; split: 0", min=0, max=3)] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A text file; self: text that the model writes; none: effort 0.", show_default="self")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="About how many; 0: the effort's own number.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute; only cpu so far.")] = "cpu",
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
@@ -57,9 +68,12 @@ def quantize(
         raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
     from septet import checkpoint
 
+    effort, calibration = effort_and_calibration(effort, calibration, code.value)
     options = checkpoint.QuantizeOptions(
         code=code.value,
         bits_per_weight=bits,
+        allocation="uniform" if bits in (3.0, 3.5, 4.0) else "measured",
+        effort=effort,
         head=head.value,
         activations=activations.value,
         seed=seed,
@@ -67,7 +81,8 @@ def quantize(
         calibration_tokens=calibration_tokens,
     )
     started = time.perf_counter()
-    worked = quantize_with_bar(source, out, options, resume, threads, calibration)
+    run = quantize_best if effort == 3 else quantize_with_bar
+    worked = run(source, out, options, resume, threads, calibration)
     seconds = time.perf_counter() - started
     totals = checkpoint.inspect(out)["totals"]
     if as_json:
@@ -78,6 +93,48 @@ def quantize(
         size = totals["size_bytes_total"] / 1e6
         note(f"{out}: {size:.1f} MB in {seconds:.0f} s")
         note(f"bits per weight: {totals['effective_bits']:.4f} in the linear layers, {totals['effective_bits_total']:.4f} in all")
+
+
+def effort_and_calibration(effort: int | None, calibration: str | None, code: str) -> tuple[int, str]:
+    """What is meant by options that may have been left out.
+
+    Args:
+        effort: 0 to 3; None: 0 without calibration and for code split, else 2.
+        calibration: a text file, "self", "none"; None: as the effort needs.
+        code: "trellis" or "split".
+    """
+    if effort is None:
+        effort = 0 if calibration == "none" or code == "split" else 2
+    if calibration is None:
+        calibration = "self" if effort else "none"
+    return effort, calibration
+
+
+def quantize_best(
+    source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0, calibration: str = "self"
+) -> bool:
+    """Quantize with one width for all layers and with measured widths, and keep what loses less on text that neither has seen.
+
+    Both are made beside OUT; arguments and result are those of `quantize_with_bar`.
+    """
+    if out.exists() or options.bits_per_weight != 3.5:
+        return quantize_with_bar(source, out, options, resume, threads, calibration)
+    from septet.cli.trial import divergence_on_own_text
+
+    losses: dict[str, float] = {}
+    for allocation in ("uniform", "measured"):
+        place = out.with_name(f"{out.name}.{allocation}")
+        quantize_with_bar(source, place, replace(options, allocation=allocation), resume or place.exists(), threads, calibration)
+        losses[allocation] = divergence_on_own_text(source, place, options.seed + 1, threads)
+        note(f"{allocation} widths: KL {losses[allocation]:.4f} on text that the model wrote")
+    best = min(losses, key=losses.__getitem__)
+    for allocation in losses:
+        place = out.with_name(f"{out.name}.{allocation}")
+        if allocation == best:
+            place.rename(out)
+        else:
+            shutil.rmtree(place)
+    return True
 
 
 def quantize_with_bar(

@@ -7,7 +7,7 @@ The state after pair p is s = w[p] >> b, the 16 - b bits that the next window st
     cost'[s] = min over low = 0..2^b - 1 of cost[w & (2^(16-b) - 1)] + m(w),   w = s << b | low;   ties: lowest low
     then the smallest cost' is subtracted from all, which changes no decision
 
-1. Boundary. Run over pairs 64..127, 0..63 with all start states at cost 0. From the cheapest last state (ties: lowest
+1. Boundary. Run over pairs 96..127, 0..31 with all start states at cost 0. From the cheapest last state (ties: lowest
    state) trace back to the state after pair 127.
 2. Tile. Run over pairs 0..127; that state starts at cost 0, all others at 2^22. Trace back from that same state.
    The symbol of pair p is w[p] & (2^b - 1).
@@ -20,7 +20,7 @@ import numpy as np
 __all__ = ["BOUNDARY_STEPS", "FORBIDDEN_COST", "search"]
 
 #: Pairs on each side of the tile's boundary that the first pass looks at.
-BOUNDARY_STEPS = 64
+BOUNDARY_STEPS = 32
 #: Start cost of the states the second pass must not start in; a path from the right state is always cheaper.
 FORBIDDEN_COST = 1 << 22
 # 8 tiles keep the metric of one step, 8 x 65536 floats, inside a level 2 cache of 2 MB.

@@ -28,7 +28,7 @@ from septet.integrations.stored_files import check_files
 __all__ = ["SeptetConfig", "SeptetHfQuantizer"]
 
 #: What only `septet quantize` can do.
-_NOT_HERE = {"max_shard_bytes", "calibration", "calibration_tokens"}
+_NOT_HERE = {"max_shard_bytes", "effort", "calibration", "calibration_tokens", "allocation"}
 _OPTIONS = tuple(field.name for field in fields(QuantizeOptions) if field.name not in _NOT_HERE)
 
 

@@ -7,7 +7,8 @@ with any number of threads.
 
 from septet.quantize.head import quantize_int8
 from septet.quantize.split import quantize_split
+from septet.quantize.statistics import GroupStatistics
 from septet.quantize.tensor import QuantizedTensor, dequantize
 from septet.quantize.trellis import quantize_trellis
 
-__all__ = ["QuantizedTensor", "dequantize", "quantize_int8", "quantize_split", "quantize_trellis"]
+__all__ = ["GroupStatistics", "QuantizedTensor", "dequantize", "quantize_int8", "quantize_split", "quantize_trellis"]

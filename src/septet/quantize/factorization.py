@@ -1,6 +1,6 @@
-"""The factorization behind error feedback: Hessian = L D transpose(L), D block diagonal in tiles of four inputs.
+"""The factorization behind error feedback: Hessian = L D transpose(L), D block diagonal in tiles of four inputs, or of 64 outputs.
 
-L is lower triangular with 4 x 4 identity blocks on its diagonal. Row j of L says how much of an error of input j later inputs can
+L is lower triangular with identity blocks on its diagonal. Row j of L says how much of an error of input j later inputs can
 still make up for, "later" meaning smaller numbers: errors of inputs j > k reach input k through L[j, k], so inputs are encoded from
 the last tile to the first. The coefficients are rounded to whole multiples of a power of two, so that feedback sums are exact.
 
@@ -21,10 +21,10 @@ from septet.errors import ShapeError
 from septet.quantize import exact
 from septet.quantize.scales import sum_columns
 
-__all__ = ["DAMPINGS", "ERROR_BITS", "Factor", "factorize"]
+__all__ = ["DAMPINGS", "ERROR_BITS", "Factor", "divide", "factorize"]
 
 #: Parts of the mean diagonal that are added to the diagonal, tried in this order.
-DAMPINGS = (0.01, 0.03, 0.1)
+DAMPINGS = (0.03, 0.1, 0.3)
 #: Errors fed back are whole numbers up to 2^20 (see `feedback`).
 ERROR_BITS = 20
 _MOST_COEFFICIENT_BITS = 30
@@ -34,27 +34,33 @@ _STRIP = 1024
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What error feedback needs to know about the inputs of a layer.
+    """What error feedback needs to know about the inputs of a layer, or about its outputs.
 
     Args:
         coefficients: float64 [K, K], strictly lower block triangle of L as whole numbers; None: no feedback.
         shift: L = coefficients * 2^-shift.
         damping: part of the mean diagonal that was added; None: no feedback.
         diagonal: float64 [K], the pivots of the scalar factorization, in units of the Hessian; None: no feedback.
+        lower: float64 [K, K], unit lower triangle of the scalar factorization, for `divide`; None: not asked for.
     """
 
     coefficients: np.ndarray | None
     shift: int = 0
     damping: float | None = None
     diagonal: np.ndarray | None = None
+    lower: np.ndarray | None = None
 
 
-def factorize(hessian: np.ndarray | None, dampings: tuple[float, ...] = DAMPINGS) -> Factor:
+def factorize(
+    hessian: np.ndarray | None, dampings: tuple[float, ...] = DAMPINGS, tile: int = TILE_INPUTS, keep_lower: bool = False
+) -> Factor:
     """Factorize a Hessian; never fails on its values.
 
     Args:
         hessian: float64 [K, K], symmetric, in the coded basis; inputs whose row or column is not finite are dropped. None: no feedback.
         dampings: to try one after the other.
+        tile: how many neighbours are encoded at once; errors do not reach each other inside a tile.
+        keep_lower: keep what `divide` needs.
 
     Returns:
         A factor without coefficients when no damping makes the Hessian positive definite.
@@ -78,9 +84,38 @@ def factorize(hessian: np.ndarray | None, dampings: tuple[float, ...] = DAMPINGS
         # Schur complements of a positive semidefinite matrix plus damping are at least the damping.
         diagonal = _decompose(lower, damping / 2)
         if diagonal is not None:
-            coefficients, shift = _whole_coefficients(lower)
-            return Factor(coefficients, shift, damping, diagonal * mean)
+            kept = np.tril(lower) if keep_lower else None
+            coefficients, shift = _whole_coefficients(lower, tile)
+            return Factor(coefficients, shift, damping, diagonal * mean, kept)
     return Factor(None)
+
+
+def divide(matrix: np.ndarray, factor: Factor) -> np.ndarray:
+    """matrix @ inverse(damped Hessian), the same bits on any number of threads.
+
+    Args:
+        matrix: float64 [n, K].
+        factor: of the Hessian, made with `keep_lower`.
+
+    Returns:
+        float64 [n, K].
+    """
+    lower, size = factor.lower, len(factor.lower)
+    result = np.array(matrix, np.float64)
+    panels = [(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
+    inverses = [_invert_unit_lower(lower[start:stop, start:stop]) for start, stop in panels]
+    for (start, stop), inverse in zip(panels, inverses):
+        # Solve for y in y @ transpose(L) = matrix, first columns first.
+        if start:
+            result[:, start:stop] -= exact.product(result[:, :start], np.ascontiguousarray(lower[start:stop, :start].T))
+        result[:, start:stop] = exact.product(np.ascontiguousarray(result[:, start:stop]), np.ascontiguousarray(inverse.T))
+    result /= factor.diagonal
+    for (start, stop), inverse in zip(reversed(panels), reversed(inverses)):
+        # And for x in x @ L = y / d, last columns first.
+        if stop < size:
+            result[:, start:stop] -= exact.product(result[:, stop:], lower[stop:, start:stop])
+        result[:, start:stop] = exact.product(np.ascontiguousarray(result[:, start:stop]), inverse)
+    return result
 
 
 def drop_damaged(hessian: np.ndarray) -> np.ndarray:
@@ -127,19 +162,28 @@ def _decompose(matrix: np.ndarray, floor: float) -> np.ndarray | None:
     return pivots
 
 
-def _whole_coefficients(lower: np.ndarray) -> tuple[np.ndarray, int]:
-    """Scalar unit lower L -> strictly lower block triangle with identity blocks on the diagonal, as whole numbers, and their shift."""
+def _invert_unit_lower(block: np.ndarray) -> np.ndarray:
+    """The inverse of a small unit lower triangle, float64 [n, n], its sums in index order."""
+    inverse = np.eye(len(block))
+    for row in range(1, len(block)):
+        inverse[row] -= sum_columns(block[row, :row, None] * inverse[:row])
+    return inverse
+
+
+def _whole_coefficients(lower: np.ndarray, tile: int) -> tuple[np.ndarray, int]:
+    """Scalar unit lower L -> strictly lower block triangle with identity blocks on the diagonal, as whole numbers, and their shift.
+
+    Overwrites L.
+    """
     size = len(lower)
-    for start in range(0, size, TILE_INPUTS):
-        width = min(TILE_INPUTS, size - start)
-        block, below = lower[start : start + width, start : start + width], lower[start + width :, start : start + width]
-        # below @ inverse(block), block unit lower: the last column is done, each one before loses what those after it explain.
-        for column in range(width - 2, -1, -1):
-            for other in range(column + 1, width):
-                below[:, column] -= below[:, other] * block[other, column]
-    tile = np.arange(size) // TILE_INPUTS
+    for start in range(0, size, tile):
+        stop = min(start + tile, size)
+        if stop < size:
+            inverse = _invert_unit_lower(lower[start:stop, start:stop])
+            lower[stop:, start:stop] = exact.product(lower[stop:, start:stop], inverse)
+    tiles = np.arange(size) // tile
     for start in range(0, size, _STRIP):
-        lower[start : start + _STRIP][tile[start : start + _STRIP, None] <= tile] = 0
+        lower[start : start + _STRIP][tiles[start : start + _STRIP, None] <= tiles] = 0
     largest = float(sum_columns(np.abs(lower)).max(initial=0.0))
     shift = min(_MOST_COEFFICIENT_BITS, exact.EXACT_BITS - 2 - ERROR_BITS - int(exact.ceil_log2(np.float64(largest))))
     return np.rint(np.ldexp(lower, shift), out=lower), shift

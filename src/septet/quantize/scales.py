@@ -41,6 +41,8 @@ _CODE_ERROR = 0.01
 _CLIPPING_IGNORED = 0.002
 #: Columns smaller than this part of the typical one are scaled as if they had it.
 _SMALLEST_COLUMN = 1 / 64
+#: Outputs that matter less than this part of the mean are taken to matter as much.
+_LEAST_IMPORTANCE = 1e-3
 _HEADROOMS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 
 
@@ -154,22 +156,33 @@ def trellis_input_scale(weights: list[np.ndarray]) -> np.ndarray:
     return np.maximum(np.sqrt(sum_columns(np.array(energies)) / len(energies)), _SMALLEST_COLUMN)
 
 
-def trellis_output_scale(norms: np.ndarray, output_block: int) -> np.ndarray:
+def trellis_output_scale(norms: np.ndarray, output_block: int, importance: np.ndarray | None = None) -> np.ndarray:
     """The magnitude of s_out: halfway between no scaling and making all rows of a rotation block equal.
 
     Rows are mixed by the output rotation, so they get the same relative precision only as far as they were made equal before
-    it; making them quite equal would spend it on rows that matter least. Every block comes out with unit mean square.
+    it; making them quite equal would spend it on rows that matter least. Where errors of the outputs are known to matter in
+    different degrees, that degree g makes the sum of g * error least: s_out = sqrt(norm) / g^(1/4). Every block comes out with
+    unit mean square.
 
     Args:
         norms: float64 [N], root mean square of each row.
         output_block: rows that are mixed, divides N.
+        importance: float64 [N], g, at least 0; None: all the same.
 
     Returns:
         float64 [N]; 0 for zero rows.
     """
     blocks = norms.reshape(-1, output_block)
-    means = sum_rows(blocks) / output_block
-    return np.sqrt(blocks * means[:, None]).reshape(-1)
+    if importance is None:
+        means = sum_rows(blocks) / output_block
+        return np.sqrt(blocks * means[:, None]).reshape(-1)
+    mean = sum_all(importance) / len(importance)
+    if not 0 < mean < np.inf:
+        return trellis_output_scale(norms, output_block)
+    roots = np.sqrt(np.sqrt(np.maximum(importance / mean, _LEAST_IMPORTANCE))).reshape(-1, output_block)
+    # norm^2 / scale^2 = norm * roots^2 before the blocks are brought to unit mean square.
+    means = sum_rows(blocks * roots**2) / output_block
+    return (np.sqrt(blocks * means[:, None]) / roots).reshape(-1)
 
 
 def scale_exponent(scales: list[np.ndarray]) -> int:

@@ -4,24 +4,24 @@ The tensors of a fused group (q/k/v, gate/up) are taken together, because they s
 before the rotation, so the codes make up for the rounding. Memory is bounded by a few million weights plus the result, however large
 the matrix. Padding to whole tiles is encoded as weight 0.
 
-With a Hessian of the inputs the tiles are encoded with error feedback, and the output scales are fitted again afterwards.
+With statistics of the inputs the tiles are encoded with error feedback, and the output scales are fitted again afterwards. With
+sensitivities of the outputs s_out follows them, and feedback goes along the outputs as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from septet.codes import trellis as trellis_code
 from septet.codes.tile import TILE_OUTPUTS, check_bits, tile_bytes, tile_grid
-from septet.errors import ShapeError
 from septet.quantize import rotation, scales
-from septet.quantize.factorization import Factor, drop_damaged, factorize
-from septet.quantize.feedback import encode_with_feedback
-from septet.quantize.hessian import rotate_hessian
+from septet.quantize.factorization import Factor
+from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.refit import refit_output_scale
+from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_rows
 from septet.quantize.tensor import QuantizedTensor, RowSource, common_inputs
 
 __all__ = ["quantize_trellis"]
@@ -37,7 +37,7 @@ def quantize_trellis(
     rotation_block: int = 256,
     seed: int = 0,
     threads: int = 0,
-    hessian: np.ndarray | None = None,
+    statistics: GroupStatistics | None = None,
 ) -> list[QuantizedTensor]:
     """Quantize the tensors of one fused group.
 
@@ -48,8 +48,7 @@ def quantize_trellis(
         rotation_block: the largest Hadamard block, a power of two.
         seed: of the random signs.
         threads: 0 is the default number; the result does not depend on it.
-        hessian: float64 [K, K], mean of x transpose(x) over the inputs of the group, in the original basis; None: plain rounding.
-            Values that are not finite are left out.
+        statistics: of the group's inputs and outputs; None: plain rounding. Values that are not finite are left out.
 
     Returns:
         One QuantizedTensor per weight, with the same input_scale and input_block.
@@ -57,55 +56,64 @@ def quantize_trellis(
     Raises:
         CodeRangeError: a weight is not finite, or too large for fp16 scales.
         OptionError: an unknown width or block.
-        ShapeError: the weights do not have the same number of inputs, or the Hessian has another.
+        ShapeError: the weights do not have the same number of inputs, or the statistics have others.
     """
     check_bits(bits_per_pair)
     inputs = common_inputs(weights)
-    if hessian is not None and hessian.shape != (inputs, inputs):
-        hint = "take the Hessian of this group's own inputs"
-        raise ShapeError(f"the Hessian of {names[0]} must be [{inputs}, {inputs}]", list(hessian.shape), hint)
+    known = statistics.outputs if statistics is not None else None
+    if statistics is not None:
+        statistics.check(inputs, [weight.shape[0] for weight in weights], names[0])
     input_block = rotation.choose_block([inputs], rotation_block)
     output_block = rotation.choose_block([weight.shape[0] for weight in weights], rotation_block)
-    input_scale, magnitudes, exponent = _group_scales(weights, names, output_block, bits_per_pair)
-    input_scale *= rotation.random_signs(seed, f"{names[0]}/in", inputs)
-    metric, factor = _metric(hessian, input_scale, input_block)
-    basis = _Basis(input_scale, input_block, output_block, bits_per_pair, factor, metric)
-    results = []
-    for weight, name, magnitude in zip(weights, names, magnitudes):
+    importances = [_diagonals(matrix) for matrix in known] if known is not None else [None] * len(names)
+    columns = _column_scale(weights, names)
+    magnitudes, columns, exponent = _row_scales(weights, columns, importances, output_block, bits_per_pair)
+    input_scale = columns * rotation.random_signs(seed, f"{names[0]}/in", inputs)
+    metric = input_metric(statistics, input_scale, input_block)
+    basis = _Basis(input_scale, input_block, output_block, bits_per_pair, metric)
+    makers = []
+    for position, (weight, name, magnitude) in enumerate(zip(weights, names, magnitudes)):
         wanted = rotation.random_signs(seed, f"{name}/out", weight.shape[0]) * magnitude / 2.0**exponent
-        results.append(_encode_trellis(weight, name, wanted, basis, threads))
-    return results
+        makers.append(_Maker(weight, name, wanted, basis, None if known is None else known[position]))
+    for bunch in _bunches([piece for maker in makers for piece in maker.pieces()], basis.piece_weights()):
+        prepared = [maker.prepare(start, stop) for maker, start, stop in bunch]
+        encoded = encode_sheets([sheet for sheet, _ in prepared], metric.factor, bits_per_pair, threads)
+        for (maker, start, stop), (_, scale), (coded, levels) in zip(bunch, prepared, encoded):
+            maker.accept(slice(start, stop), scale, coded, levels)
+    return [maker.result() for maker in makers]
 
 
-def _group_scales(weights: Sequence[RowSource], names: list[str], output_block: int, bits: int) -> tuple[np.ndarray, list[np.ndarray], int]:
-    """|s_in| as fp16 holds it, float32 [K]; |s_out| for unit variance, float64 [N_i] each; and the exponent moved from s_out to s_in.
+def _diagonals(matrix: np.ndarray) -> np.ndarray:
+    """How much each output matters, float64 [N], from float [blocks, B, B]; 0 where that is not known."""
+    values = np.einsum("bii->bi", matrix).reshape(-1).astype(np.float64)
+    return np.where(np.isfinite(values) & (values > 0), values, 0.0)
+
+
+def _column_scale(weights: Sequence[RowSource], names: list[str]) -> np.ndarray:
+    """|s_in| as fp16 holds it, float32 [K]."""
+    for weight, name in zip(weights, names):
+        scales.check_finite(scales.row_norms(weight), name)
+    return scales.round_to_float16(scales.trellis_input_scale(weights), names[0]).astype(np.float32)
+
+
+def _row_scales(
+    weights: Sequence[RowSource], columns: np.ndarray, importances: Sequence[np.ndarray | None], output_block: int, bits: int
+) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """|s_out| for unit variance, float64 [N_i] each; |s_in|; and the exponent moved from s_out to s_in.
 
     Weights so small or large that fp16 cannot hold s_out move a power of two to s_in; there is no room for column scales then.
     """
-    for weight, name in zip(weights, names):
-        scales.check_finite(scales.row_norms(weight), name)
-    columns = scales.round_to_float16(scales.trellis_input_scale(weights), names[0]).astype(np.float32)
-    magnitudes = [scales.trellis_output_scale(scales.row_norms(weight, columns), output_block) for weight in weights]
-    per_sigma = trellis_code.WIDTHS[bits].levels_per_sigma
-    exponent = scales.scale_exponent([magnitude / per_sigma for magnitude in magnitudes])
+
+    def magnitudes(columns: np.ndarray | None) -> list[np.ndarray]:
+        rows = [scales.row_norms(weight, columns) for weight in weights]
+        return [scales.trellis_output_scale(norms, output_block, importance) for norms, importance in zip(rows, importances)]
+
+    found, per_sigma = magnitudes(columns), trellis_code.WIDTHS[bits].levels_per_sigma
+    exponent = scales.scale_exponent([magnitude / per_sigma for magnitude in found])
     if exponent:
-        columns = np.full(weights[0].shape[1], 2.0**exponent, np.float32)
-        magnitudes = [scales.trellis_output_scale(scales.row_norms(weight), output_block) for weight in weights]
-    return columns, magnitudes, exponent
-
-
-def _metric(hessian: np.ndarray | None, input_scale: np.ndarray, input_block: int) -> tuple[np.ndarray | None, Factor]:
-    """The damped Hessian in the coded basis, float64 [K, K], and its factor; None when there is none to use."""
-    if hessian is None:
-        return None, Factor(None)
-    # Damage is cut out before the rotation spreads it over a block.
-    rotated = rotate_hessian(drop_damaged(hessian), input_scale, input_block)
-    factor = factorize(rotated)
-    if factor.damping is None:
-        return None, factor
-    diagonal = np.ascontiguousarray(rotated.diagonal())
-    rotated[np.diag_indices(len(rotated))] += factor.damping * float(scales.sum_all(diagonal)) / len(rotated)
-    return rotated, factor
+        columns = np.full(len(columns), 2.0**exponent, np.float32)
+        found = magnitudes(None)
+    return found, columns, exponent
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,63 +124,106 @@ class _Basis:
     input_block: int
     output_block: int
     bits: int
-    factor: Factor
-    metric: np.ndarray | None
+    metric: InputMetric
 
     def rotate(self, rows: np.ndarray, wanted: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Rotated rows in standard deviations, float32, and the rounded scale they belong to, float16."""
         per_sigma = trellis_code.WIDTHS[self.bits].levels_per_sigma
         scale = scales.round_to_float16(wanted / per_sigma, name)
         sigma = scale.astype(np.float32) * np.float32(per_sigma)
-        return rotation.rotate(rows, sigma, self.input_scale, self.input_block, self.output_block), scale
+        rotated = rotation.rotate(rows, sigma, self.input_scale, self.input_block, self.output_block)
+        return corrected(rotated, self.metric), scale
 
     def refit(self, rows: np.ndarray, levels: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
         """Better output scales for given levels, float16; the old ones where nothing is known of the inputs."""
-        if self.metric is None:
+        if self.metric.hessian is None:
             return scale
-        targets = rotation.hadamard_inputs(rows / self.input_scale, self.input_block)
-        return refit_output_scale(targets, levels, scale, self.metric, self.output_block, name)
+        targets = corrected(rotation.hadamard_inputs(rows / self.input_scale, self.input_block), self.metric)
+        return refit_output_scale(targets, levels, scale, self.metric.hessian, self.output_block, name)
 
     def piece_weights(self) -> int:
         """About how many weights to work on at a time."""
-        return rotation.PIECE_WEIGHTS if self.metric is None else _FEEDBACK_PIECE_WEIGHTS
+        return rotation.PIECE_WEIGHTS if self.metric.hessian is None else _FEEDBACK_PIECE_WEIGHTS
 
 
-def _encode_trellis(weight: RowSource, name: str, wanted: np.ndarray, basis: _Basis, threads: int) -> QuantizedTensor:
-    """Encode a matrix, a few blocks of rows at a time.
+class _Maker:
+    """Makes one tensor of a group, a few blocks of rows at a time.
 
     Args:
         weight: [N, K].
         name: for messages.
         wanted: float64 [N], signed scale of the rows for unit variance.
         basis: of the group.
-        threads: 0 is the default number.
+        sensitivity: float [blocks, B, B] of the outputs, or None.
     """
-    bits = basis.bits
-    (outputs, _), (tile_rows, columns) = weight.shape, tile_grid(*weight.shape)
-    packed, scale = np.empty((tile_rows, columns * tile_bytes(bits)), np.uint8), np.empty(outputs, np.float16)
-    difference = energy = 0.0
-    for start, stop in rotation.row_pieces(weight.shape, max(TILE_OUTPUTS, basis.output_block), basis.piece_weights()):
-        rows = weight[start:stop]
-        rotated, scale[start:stop] = basis.rotate(rows, wanted[start:stop], name)
-        factors = scales.headroom(rotated, bits, basis.output_block)
+
+    def __init__(self, weight: RowSource, name: str, wanted: np.ndarray, basis: _Basis, sensitivity: np.ndarray | None) -> None:
+        rows, columns = tile_grid(*weight.shape)
+        self._weight, self._name, self._wanted, self._basis = weight, name, wanted, basis
+        # Blocks that do not end with a tile, or with a block of the rotation, cannot be encoded one after the other.
+        step = output_rows(weight.shape[0])
+        aligned = step % max(TILE_OUTPUTS, basis.output_block) == 0 or step == weight.shape[0]
+        self._sensitivity = sensitivity if aligned and basis.metric.hessian is not None else None
+        self._packed = np.empty((rows, columns * tile_bytes(basis.bits)), np.uint8)
+        self._scale = np.empty(weight.shape[0], np.float16)
+        self._difference = self._energy = 0.0
+        self.inputs = weight.shape[1]
+
+    def pieces(self) -> list[tuple[_Maker, int, int]]:
+        """Rows to encode together: (self, start, stop) each."""
+        outputs = self._weight.shape[0]
+        if self._sensitivity is not None:
+            step = self._sensitivity.shape[1]
+            return [(self, start, start + step) for start in range(0, outputs, step)]
+        block = max(TILE_OUTPUTS, self._basis.output_block)
+        return [(self, *cut) for cut in rotation.row_pieces(self._weight.shape, block, self._basis.piece_weights())]
+
+    def prepare(self, start: int, stop: int) -> tuple[Sheet, np.ndarray]:
+        """Rotated rows, and their scale, float16."""
+        rows, wanted, basis = self._weight[start:stop], self._wanted[start:stop], self._basis
+        rotated, scale = basis.rotate(rows, wanted, self._name)
+        factors = scales.headroom(rotated, basis.bits, basis.output_block)
         if (factors != 1).any():
-            rotated, scale[start:stop] = basis.rotate(rows, wanted[start:stop] * factors, name)
-        coded, levels = encode_with_feedback(rotated, basis.factor, bits, threads)
-        packed[start // TILE_OUTPUTS : start // TILE_OUTPUTS + len(coded)] = coded
-        scale[start:stop] = basis.refit(rows, levels, scale[start:stop], name)
-        stored_scale = scale[start:stop].astype(np.float32)
-        decoded = rotation.unrotate(levels, stored_scale, basis.input_scale, basis.input_block, basis.output_block)
+            rotated, scale = basis.rotate(rows, wanted * factors, self._name)
+        outputs = Factor(None)
+        if self._sensitivity is not None:
+            outputs = output_factor(self._sensitivity[start // (stop - start)], scale.astype(np.float64), basis.output_block)
+        return Sheet(rotated, outputs), scale
+
+    def accept(self, cut: slice, scale: np.ndarray, coded: np.ndarray, levels: np.ndarray) -> None:
+        """Take over encoded rows."""
+        rows, basis = self._weight[cut], self._basis
+        self._packed[cut.start // TILE_OUTPUTS : cut.start // TILE_OUTPUTS + len(coded)] = coded
+        self._scale[cut] = basis.refit(rows, levels, scale, self._name)
+        stored = self._scale[cut].astype(np.float32)
+        decoded = rotation.unrotate(levels, stored, basis.input_scale, basis.input_block, basis.output_block)
         sums = scales.squared_sums(rows, decoded)
-        difference, energy = difference + sums[0], energy + sums[1]
-    return QuantizedTensor(
-        code="trellis",
-        bits_per_pair=bits,
-        shape=weight.shape,
-        packed=packed,
-        scale=scale,
-        input_scale=basis.input_scale.astype(np.float16),
-        input_block=basis.input_block,
-        output_block=basis.output_block,
-        relative_error=scales.ratio_of_norms(difference, energy),
-    )
+        self._difference, self._energy = self._difference + sums[0], self._energy + sums[1]
+
+    def result(self) -> QuantizedTensor:
+        """The finished tensor."""
+        basis = self._basis
+        return QuantizedTensor(
+            code="trellis",
+            bits_per_pair=basis.bits,
+            shape=self._weight.shape,
+            packed=self._packed,
+            scale=self._scale,
+            input_scale=basis.input_scale.astype(np.float16),
+            input_block=basis.input_block,
+            output_block=basis.output_block,
+            relative_error=scales.ratio_of_norms(self._difference, self._energy),
+        )
+
+
+def _bunches(pieces: list[tuple[_Maker, int, int]], weights: int) -> Iterator[list[tuple[_Maker, int, int]]]:
+    """Neighbouring pieces, as many at a time as have about so many weights."""
+    bunch, held = [], 0
+    for maker, start, stop in pieces:
+        size = (stop - start) * maker.inputs
+        if bunch and held + size > weights:
+            yield bunch
+            bunch, held = [], 0
+        bunch.append((maker, start, stop))
+        held += size
+    yield bunch
