@@ -6,8 +6,8 @@ with any number of threads.
 """
 
 from septet.quantize.head import quantize_int8
-from septet.quantize.split import quantize_split
+from septet.quantize.split import quantize_split, quantize_split_with_feedback
 from septet.quantize.tensor import QuantizedTensor, dequantize
 from septet.quantize.trellis import quantize_trellis
 
-__all__ = ["QuantizedTensor", "dequantize", "quantize_int8", "quantize_split", "quantize_trellis"]
+__all__ = ["QuantizedTensor", "dequantize", "quantize_int8", "quantize_split", "quantize_split_with_feedback", "quantize_trellis"]
