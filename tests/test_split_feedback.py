@@ -52,7 +52,9 @@ def test_without_correlation_only_the_ranges_change(rng: np.random.Generator) ->
     assert proxy_loss(weight, made, np.diag(strength)) < 0.95 * proxy_loss(weight, plain, np.diag(strength))
     steps = made.scale.astype(np.float32)[:, np.arange(32) % 2]
     fields = np.rint((dequantize(made) - made.offset.astype(np.float32)[:, np.arange(32) % 2]) / steps)
-    nearest = np.clip(np.rint((weight - made.offset.astype(np.float32)[:, np.arange(32) % 2]) / steps), 0, np.where(np.arange(32) % 2, 7, 15))
+    nearest = np.clip(
+        np.rint((weight - made.offset.astype(np.float32)[:, np.arange(32) % 2]) / steps), 0, np.where(np.arange(32) % 2, 7, 15)
+    )
     assert np.array_equal(fields, nearest)
 
 
@@ -111,7 +113,10 @@ def test_importance_makes_ranges_better_where_it_matters(rng: np.random.Generato
         tried = {name: ranges.fit_fields(parts, symmetric, name, "layer") for name in ("minmax", "mse")}
         tried["importance"] = ranges.fit_fields(parts, symmetric, "mse", "layer", importance)
         for field, (values, known) in enumerate(zip(parts, importance)):
-            losses = {name: ranges.range_error(values, ranges.quantize_field(values, fit[field]), fit[field], known) for name, fit in tried.items()}
+            losses = {
+                name: ranges.range_error(values, ranges.quantize_field(values, fit[field]), fit[field], known)
+                for name, fit in tried.items()
+            }
             assert (losses["importance"] <= losses["minmax"]).all()
             assert losses["importance"].sum() < 0.97 * losses["mse"].sum()
 
