@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from quality_ggml import is_available
 from quality_judge import RememberedReference, calibration_windows, judge, quantize_model
 from quality_recipes import RECIPES
 from quality_results import Slice, file_of, finished, machine_facts, save
@@ -56,7 +57,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="directory of the unquantized model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", action="append", choices=RECIPES, metavar="NAME", help="may be given several times")
-    what.add_argument("--all", action="store_true", help="every recipe but trellis, which `septet quantize` makes")
+    what.add_argument(
+        "--all",
+        action="store_true",
+        help="every recipe but trellis, which `septet quantize` makes; llama.cpp's types where llama-cpp-python and gguf are installed",
+    )
     what.add_argument("--judge", type=Path, metavar="PATH", help="a septet directory, a Hugging Face directory or a .gguf file")
     what.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--name", help="with --judge: name of the result file")
@@ -90,7 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         "context": arguments.context,
         "score": "half",
     }
-    rivals = [name for name, recipe in RECIPES.items() if recipe.family != "trellis"]
+    left_out = {"trellis"} if is_available() else {"trellis", "llama.cpp"}
+    rivals = [name for name, recipe in RECIPES.items() if recipe.family not in left_out]
     names = [arguments.name] if arguments.judge else rivals if arguments.all else arguments.recipe
     missing = [name for name in names if arguments.again or not finished(file_of(arguments.out, name), protocol)]
     for name in names:

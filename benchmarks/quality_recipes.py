@@ -2,6 +2,7 @@
 
 Groups of 128 inputs where 128 divides, else 64, else 32 (SmolLM2 has layers of 576 and of 1536 inputs). AWQ's scales are folded into
 what comes before, except in front of `o_proj`, where grouped-query attention leaves nothing that could take them.
+llama.cpp's types: see `quality_ggml`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from quality_ggml import TYPES, quantize_ggml
 
 from septet.quantize import QuantizedTensor, dequantize, quantize_split, quantize_split_with_feedback, quantize_trellis
 from septet.quantize.awq import quantize_awq
@@ -55,7 +57,7 @@ class Recipe:
 
     Args:
         title: for a table.
-        family: "rtn", "gptq", "awq", "split" or "trellis"; one colour in the plot.
+        family: "rtn", "gptq", "awq", "llama.cpp", "split" or "trellis"; one colour in the plot.
         quantize: a group to one result per layer.
         calibrated: whether it needs Hessians.
     """
@@ -98,6 +100,11 @@ def _unpacked(made: list[QuantizedTensor]) -> list[Quantized]:
     return [Quantized(dequantize(one), one.effective_bits) for one in made]
 
 
+def _ggml(name: str, with_importance: bool, group: Group) -> list[Quantized]:
+    importance = group.hessian.diagonal() if with_importance else None
+    return [Quantized(*quantize_ggml(weight, name, importance)) for weight in group.weights]
+
+
 def _rtn_recipes() -> dict[str, Recipe]:
     recipes = {}
     for bits in (8, 4, 3):
@@ -135,6 +142,16 @@ def _awq_recipes() -> dict[str, Recipe]:
     }
 
 
+def _ggml_recipes() -> dict[str, Recipe]:
+    return {
+        f"ggml-{name.lower()}{'-im' * importance}": Recipe(
+            f"llama.cpp {name}{', importance matrix' * importance}", "llama.cpp", partial(_ggml, name, importance), importance
+        )
+        for name, variants in TYPES.items()
+        for importance in variants
+    }
+
+
 def _own_recipes() -> dict[str, Recipe]:
     recipes = {}
     for granularity, suffix, title in (("channel", "", "per channel"), ("group", "-group", "groups")):
@@ -150,4 +167,4 @@ def _own_recipes() -> dict[str, Recipe]:
 
 
 #: Every recipe by its name.
-RECIPES = _rtn_recipes() | _gptq_recipes() | _awq_recipes() | _own_recipes()
+RECIPES = _rtn_recipes() | _gptq_recipes() | _awq_recipes() | _ggml_recipes() | _own_recipes()
