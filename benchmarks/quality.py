@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--activations", choices=loading.ACTIVATIONS, help="with --judge of a septet directory")
     parser.add_argument("--table", action="append", help="tables it belongs to, default: comparison")
     parser.add_argument("--order", type=float, default=0, help="its place in tables that are not sorted by bits")
+    parser.add_argument("--suffix", default="", help="ends the names of result files, to tell those of another model or text apart")
     parser.add_argument("--model-name", help="what results call the model; default: the directory's name")
     parser.add_argument("--text", type=Path, default=SAMPLE, help="text to judge on")
     parser.add_argument("--text-bytes", type=Slice.parse_range, default=(254_100, None), metavar="FROM:TO", help="the part of it to use")
@@ -98,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     left_out = {"trellis"} if is_available() else {"trellis", "llama.cpp"}
     rivals = [name for name, recipe in RECIPES.items() if recipe.family not in left_out]
     names = [arguments.name] if arguments.judge else rivals if arguments.all else arguments.recipe
-    missing = [name for name in names if arguments.again or not finished(file_of(arguments.out, name), protocol)]
+    files = {name: file_of(arguments.out, name + arguments.suffix) for name in names}
+    missing = [name for name, path in files.items() if arguments.again or not finished(path, protocol)]
     for name in names:
         if name not in missing:
             print(f"{name}: already there")
@@ -111,8 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
         result = make(name, arguments, windows, reference)
         described = {"tables": arguments.table or ["comparison"], "order": arguments.order, "protocol": protocol}
         counts = {"tokens": len(windows.tokens) * windows.scored, "windows": len(windows.tokens)}
-        command = command_line(arguments, name)
-        save(file_of(arguments.out, name), {"name": name} | described | result | counts | machine_facts(ROOT, command))
+        facts = machine_facts(ROOT, command_line(arguments, name))
+        save(files[name], {"name": files[name].stem} | described | result | counts | facts)
         print(f"{name}: {result['effective_bits']:.3f} bits, KL {result['kld_mean']:.4f} +- {result['kld_stderr']:.4f}")
 
 
@@ -169,6 +171,8 @@ def command_line(arguments: argparse.Namespace, name: str) -> str:
         f"--calibration-text {arguments.calibration_text.name} --calibration-bytes {last}",
         f"--calibration-tokens {arguments.calibration_tokens}",
     ]
+    if arguments.suffix:
+        parts.append(f"--suffix={arguments.suffix}")
     if arguments.activations:
         parts.append(f"--activations {arguments.activations}")
     return " ".join(parts)

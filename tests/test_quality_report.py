@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -12,12 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import draw_quality  # noqa: E402
 import quality_plot  # noqa: E402
-
-TEXT = "Two neighbouring weights share seven bits, and no bit is idle. " * 40
 
 
 def result(name: str, bits: float = 3.5, loss: float = 0.1, order: float = 0, family: str = "split", **others: object) -> dict:
@@ -74,8 +71,10 @@ def test_plot_is_valid_and_shows_every_result() -> None:
     assert xml.etree.ElementTree.fromstring(quality_plot.draw_plot([])) is not None
 
 
-def benchmark(model: Path, out: Path, *words: object) -> subprocess.CompletedProcess:
-    """Run benchmarks/quality.py on a small model."""
+def benchmark(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path, *words: object) -> int:
+    """Run benchmarks/quality.py on a small model, in this process; returns its exit status."""
+    import quality
+
     sizes = [
         "--context",
         "32",
@@ -88,26 +87,42 @@ def benchmark(model: Path, out: Path, *words: object) -> subprocess.CompletedPro
         "--out",
         out,
     ]
-    command = [sys.executable, ROOT / "benchmarks" / "quality.py", model, *sizes, *words]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, [model, *sizes, *words])])
+    return quality.main()
 
 
-def test_benchmark_judges_recipes_and_stored_models(tiny_model_dir: Path, tmp_path: Path) -> None:
-    recipes = [word for name in ("int8", "gptq-4", "awq-4", "split-feedback") for word in ("--recipe", name)]
-    first = benchmark(tiny_model_dir, tmp_path, *recipes)
-    assert first.returncode == 0, first.stderr
+def test_benchmark_judges_recipes_and_stored_models(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    names = ("int8", "gptq-4", "awq-4", "split-feedback")
+    assert benchmark(monkeypatch, tiny_model_dir, tmp_path, *[word for name in names for word in ("--recipe", name)]) == 0
     results = {one["name"]: one for one in draw_quality.load_results(tmp_path)}
-    assert results.keys() == {"int8", "gptq-4", "awq-4", "split-feedback"}
+    assert results.keys() == set(names) and draw_quality.rows_of(list(results.values()), "comparison")
     assert 0 < results["int8"]["kld_mean"] < 0.1 * min(one["kld_mean"] for name, one in results.items() if name != "int8")
     assert 4.2 < results["gptq-4"]["effective_bits"] < 4.4 and results["split-feedback"]["calibration"]["tokens"] == 128
-    assert str(tmp_path) not in (tmp_path / "int8.json").read_text()
-    assert draw_quality.rows_of(list(results.values()), "comparison")
     before = (tmp_path / "int8.json").read_bytes()
-    again = benchmark(tiny_model_dir, tmp_path, "--recipe", "int8")
-    assert "already there" in again.stdout and (tmp_path / "int8.json").read_bytes() == before
-    itself = benchmark(tiny_model_dir, tmp_path, "--judge", tiny_model_dir, "--name", "itself", "--table", "ladder")
-    assert itself.returncode == 0, itself.stderr
-    found = json.loads((tmp_path / "itself.json").read_text())
+    assert str(tmp_path).encode() not in before
+    assert benchmark(monkeypatch, tiny_model_dir, tmp_path, "--recipe", "int8") == 0
+    assert "already there" in capsys.readouterr().out and (tmp_path / "int8.json").read_bytes() == before
+    assert benchmark(monkeypatch, tiny_model_dir, tmp_path, "--recipe", "int8", "--text-bytes", "254100:255500") == 1
+    assert "one protocol" in capsys.readouterr().err
+    stored = ["--judge", tiny_model_dir, "--name", "itself", "--table", "ladder", "--suffix=-again"]
+    assert benchmark(monkeypatch, tiny_model_dir, tmp_path, *stored) == 0
+    found = json.loads((tmp_path / "itself-again.json").read_text())
     assert found["kld_mean"] == 0 and found["tables"] == ["ladder"] and found["top1_agreement"] == 1
-    other = benchmark(tiny_model_dir, tmp_path, "--recipe", "int8", "--text-bytes", "254100:255500")
-    assert other.returncode == 1 and "one protocol" in other.stderr
+
+
+def test_remembered_reference_gives_the_same_logits(tiny_model_dir: Path) -> None:
+    import torch
+    from quality_judge import RememberedReference
+
+    from septet.loading import load_model
+
+    model = load_model(tiny_model_dir, torch.float32)
+    remembered = RememberedReference(model)
+    with torch.inference_mode():
+        for seed in (0, 1, 0):
+            tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(seed))
+            expected = model(input_ids=tokens, use_cache=False, logits_to_keep=21).logits
+            assert torch.equal(remembered(input_ids=tokens, use_cache=False, logits_to_keep=21).logits, expected)
+    assert len(remembered._kept) == 2

@@ -1,6 +1,6 @@
-"""Fill docs/quality.md from the result files: every table between its markers, and docs/quality.svg.
+"""Fill docs/quality.md from the result files: every table between its markers, and the plots beside it.
 
-    python tools/draw_quality.py            # rewrites both
+    python tools/draw_quality.py            # rewrites them
     python tools/draw_quality.py --check    # exit 1 when a file would change
 
 A table NAME stands between "<!-- results: NAME -->" and "<!-- end of results -->" and has a row for each result that names it.
@@ -18,10 +18,10 @@ from quality_plot import draw_plot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-DOCUMENT, PLOT = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.svg"
+DOCUMENT = ROOT / "docs" / "quality.md"
 SCHEMA = 1
-#: The table that the plot shows.
-PLOTTED = "comparison"
+#: Tables that are plotted, and where.
+PLOTS = {"comparison": ROOT / "docs" / "quality.svg", "dithered": ROOT / "docs" / "quality-dithered.svg"}
 #: In these tables rows keep the order that the results ask for; all others are sorted by bits.
 ORDERED = ("ladder",)
 REQUIRED = {
@@ -102,9 +102,10 @@ def redraw(document: str, results: list[dict]) -> str:
 def main() -> int:
     """Rewrite or check; returns the exit status."""
     results = load_results(RESULTS)
-    drawn = {DOCUMENT: redraw(DOCUMENT.read_text(), results), PLOT: draw_plot(rows_of(results, PLOTTED))}
+    drawn = {DOCUMENT: redraw(DOCUMENT.read_text(), results)}
+    drawn |= {path: draw_plot(rows_of(results, name)) for name, path in PLOTS.items()}
     if sys.argv[1:] == ["--check"]:
-        return int(any(path.read_text() != text for path, text in drawn.items()))
+        return int(any(not path.exists() or path.read_text() != text for path, text in drawn.items()))
     for path, text in drawn.items():
         path.write_text(text)
     return 0
