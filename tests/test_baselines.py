@@ -88,6 +88,13 @@ def test_gptq_lowers_the_loss(rng: np.random.Generator, style: GridStyle) -> Non
     assert max(losses) < 0.4 * loss(weight, plain(weight, style), hessian)
 
 
+def test_gptq_does_not_depend_on_its_batches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = gaussian(rng, 8, 40), correlated_hessian(rng, 40)
+    whole = quantize_gptq(weight, hessian, GridStyle(3, False, 8)).weight
+    monkeypatch.setattr("septet.quantize.gptq._BATCH", 7)
+    assert quantize_gptq(weight, hessian, GridStyle(3, False, 8)).weight == pytest.approx(whole, abs=1e-6)
+
+
 def test_search_never_raises_its_loss(rng: np.random.Generator) -> None:
     weight, hessian = gaussian(rng, 20, 24), correlated_hessian(rng, 24)
     blocks = hessian * np.kron(np.eye(3), np.ones((8, 8)))
