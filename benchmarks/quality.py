@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py MODEL --list
     python benchmarks/quality.py MODEL --recipe gptq-4 --recipe split-feedback
-    python benchmarks/quality.py MODEL --all
+    python benchmarks/quality.py MODEL --main
     python benchmarks/quality.py MODEL --judge CHECKPOINT --name trellis-tuned --title "trellis, tuned" --table ladder --order 5
 
 All recipes see the same calibration tokens and are judged on the same windows. Results that are there are not computed again (--again
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from quality_ggml import is_available
 from quality_judge import RememberedReference, calibration_windows, judge, quantize_model
-from quality_recipes import RECIPES
+from quality_recipes import MAIN, RECIPES
 from quality_results import Slice, file_of, finished, machine_facts, save
 
 from septet import loading
@@ -57,11 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="directory of the unquantized model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", action="append", choices=RECIPES, metavar="NAME", help="may be given several times")
-    what.add_argument(
-        "--all",
-        action="store_true",
-        help="every recipe but trellis, which `septet quantize` makes; llama.cpp's types where llama-cpp-python and gguf are installed",
-    )
+    what.add_argument("--main", action="store_true", help=f"{len(MAIN)} recipes, one of each kind")
+    what.add_argument("--all", action="store_true", help="every recipe but trellis, which `septet quantize` makes")
     what.add_argument("--judge", type=Path, metavar="PATH", help="a septet directory, a Hugging Face directory or a .gguf file")
     what.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--name", help="with --judge: name of the result file")
@@ -96,9 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         "context": arguments.context,
         "score": "half",
     }
-    left_out = {"trellis"} if is_available() else {"trellis", "llama.cpp"}
-    rivals = [name for name, recipe in RECIPES.items() if recipe.family not in left_out]
-    names = [arguments.name] if arguments.judge else rivals if arguments.all else arguments.recipe
+    names = [arguments.name] if arguments.judge else chosen_recipes(arguments)
     files = {name: file_of(arguments.out, name + arguments.suffix) for name in names}
     missing = [name for name, path in files.items() if arguments.again or not finished(path, protocol)]
     for name in names:
@@ -116,6 +111,14 @@ def run(arguments: argparse.Namespace) -> None:
         facts = machine_facts(ROOT, command_line(arguments, name))
         save(files[name], {"name": files[name].stem} | described | result | counts | facts)
         print(f"{name}: {result['effective_bits']:.3f} bits, KL {result['kld_mean']:.4f} +- {result['kld_stderr']:.4f}")
+
+
+def chosen_recipes(arguments: argparse.Namespace) -> list[str]:
+    """The names of the recipes to run."""
+    if arguments.main:
+        return list(MAIN)
+    left_out = {"trellis"} if is_available() else {"trellis", "llama.cpp"}
+    return arguments.recipe or [name for name, recipe in RECIPES.items() if recipe.family not in left_out]
 
 
 def judge_recipe(name: str, arguments: argparse.Namespace, windows: Windows, reference: RememberedReference) -> dict:

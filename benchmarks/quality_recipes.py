@@ -20,7 +20,7 @@ from septet.quantize.baselines import quantize_baseline
 from septet.quantize.gptq import quantize_gptq
 from septet.quantize.grids import GridStyle
 
-__all__ = ["RECIPES", "Group", "Quantized", "Recipe"]
+__all__ = ["MAIN", "RECIPES", "Group", "Quantized", "Recipe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,3 +168,8 @@ def _own_recipes() -> dict[str, Recipe]:
 
 #: Every recipe by its name.
 RECIPES = _rtn_recipes() | _gptq_recipes() | _awq_recipes() | _ggml_recipes() | _own_recipes()
+#: One of each kind; the others are variants of these.
+MAIN = (
+    *("int8", "int4", "int3", "int4-group", "int3-group", "gptq-4", "gptq-3-search", "awq-4", "awq-3"),
+    *("split", "split-feedback", "split-group", "split-group-feedback"),
+)
