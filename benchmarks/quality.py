@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from quality_ggml import is_available
 from quality_judge import RememberedReference, calibration_windows, judge, quantize_model
-from quality_recipes import MAIN, RECIPES
+from quality_recipes import FAMILIES, MAIN, RECIPES
 from quality_results import Slice, file_of, finished, machine_facts, save
 
 from septet import loading
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--name", help="with --judge: name of the result file")
     parser.add_argument("--title", help="with --judge: what a table calls it")
-    parser.add_argument("--family", default="trellis", help="with --judge: which colour it gets in the plot")
+    parser.add_argument("--family", default="trellis", choices=FAMILIES, help="with --judge: which colour it gets in the plot")
     parser.add_argument("--note", default="", help="with --judge: how it was made; stands in the result file")
     parser.add_argument("--activations", choices=loading.ACTIVATIONS, help="with --judge of a septet directory")
     parser.add_argument("--table", action="append", help="tables it belongs to, default: comparison")

@@ -20,7 +20,10 @@ from septet.quantize.baselines import quantize_baseline
 from septet.quantize.gptq import quantize_gptq
 from septet.quantize.grids import GridStyle
 
-__all__ = ["MAIN", "RECIPES", "Group", "Quantized", "Recipe"]
+__all__ = ["FAMILIES", "MAIN", "RECIPES", "Group", "Quantized", "Recipe"]
+
+#: What a plot has a colour for.
+FAMILIES = ("rtn", "gptq", "awq", "llama.cpp", "split", "trellis")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class Recipe:
 
     Args:
         title: for a table.
-        family: "rtn", "gptq", "awq", "llama.cpp", "split" or "trellis"; one colour in the plot.
+        family: one of `FAMILIES`.
         quantize: a group to one result per layer.
         calibrated: whether it needs Hessians.
     """

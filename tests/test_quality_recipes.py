@@ -49,6 +49,15 @@ def test_every_recipe_gives_weights_and_bits(name: str, group: quality_recipes.G
         assert 3 <= one.bits_per_weight < 9
 
 
+def test_the_plot_knows_every_family() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    import quality_plot
+
+    assert set(quality_recipes.FAMILIES) == set(quality_plot.FAMILIES)
+    assert {recipe.family for recipe in quality_recipes.RECIPES.values()} == set(quality_recipes.FAMILIES)
+    assert set(quality_recipes.MAIN) <= set(quality_recipes.RECIPES)
+
+
 def test_what_knows_more_loses_less(group: quality_recipes.Group) -> None:
     recipes = quality_recipes.RECIPES
     losses = {
