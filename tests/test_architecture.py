@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PYTHON_FILES = sorted(path for folder in ("src", "tests", "tools", "examples") for path in (ROOT / folder).rglob("*.py"))
+PYTHON_FILES = sorted(path for folder in ("src", "tests", "tools", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 PACKAGE_FILES = [path for path in PYTHON_FILES if path.is_relative_to(ROOT / "src")]
 NATIVE_SUFFIXES = {".cpp", ".h", ".f90"}
 NATIVE_FILES = sorted(path for folder in ("native", "include") for path in (ROOT / folder).rglob("*") if path.suffix in NATIVE_SUFFIXES)

@@ -117,7 +117,6 @@ def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantiz
     ("options", "parts"),
     [
         (["--calibration", "text.txt"], ["the text must be a readable file", "text.txt"]),
-        (["--effort", "1", "--code", "split"], ["effort above 0 is for code trellis only, got split"]),
         (["--effort", "0", "--calibration", "self"], ["efforts above 0 and calibration need each other"]),
         (["--effort", "2", "--calibration", "none"], ["efforts above 0 and calibration need each other"]),
         (["--device", "cuda"], ["device must be cpu, got cuda", "later version"]),

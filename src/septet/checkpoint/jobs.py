@@ -14,7 +14,14 @@ from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.tensor_file import FLOAT_DTYPES, StoredMatrix
 from septet.errors import CheckpointError
 from septet.model import LayerPlan
-from septet.quantize import GroupStatistics, QuantizedTensor, quantize_int8, quantize_split, quantize_trellis
+from septet.quantize import (
+    GroupStatistics,
+    QuantizedTensor,
+    quantize_int8,
+    quantize_split,
+    quantize_split_with_feedback,
+    quantize_trellis,
+)
 from septet.quantize.stored import stored_arrays
 from septet.quantize.tensor import RowSource
 
@@ -122,7 +129,7 @@ def quantize_job(
 ) -> list[QuantizedTensor]:
     """Quantize the layers of a job, with error feedback where the calibration knows something."""
     matrices = read_matrices(source, job.layers)
-    statistics = calibration.statistics(job.layers) if calibration is not None and job.layers[0].code == "trellis" else None
+    statistics = calibration.statistics(job.layers) if calibration is not None and job.layers[0].code != "int8" else None
     made = quantize_group(job.layers, matrices, options, threads, statistics)
     if calibration is not None:
         for layer, quantized in zip(job.layers, made):
@@ -153,7 +160,7 @@ def quantize_group(
         matrices: [N_i, K] each, arrays or anything that hands out rows as float32.
         options: how.
         threads: 0 is the default number; the result does not depend on it.
-        statistics: of the group, for error feedback in code trellis; None: plain rounding.
+        statistics: of the group, for error feedback; None: plain rounding.
 
     Raises:
         CodeRangeError: a weight is not finite or too large.
@@ -162,6 +169,9 @@ def quantize_group(
     if code == "int8":
         return [quantize_int8(matrix, name, options.rotation_block, options.seed) for matrix, name in zip(matrices, names)]
     if code == "split":
-        chosen = options.symmetric, options.granularity, options.group_size, options.range_method
-        return [quantize_split(matrix[:], *chosen, threads, name) for matrix, name in zip(matrices, names)]
+        chosen = options.symmetric, options.granularity, options.group_size
+        if statistics is not None:
+            known = statistics.inputs
+            return [quantize_split_with_feedback(matrix[:], known, *chosen, threads, name) for matrix, name in zip(matrices, names)]
+        return [quantize_split(matrix[:], *chosen, options.range_method, threads, name) for matrix, name in zip(matrices, names)]
     return quantize_trellis(list(matrices), names, layers[0].bits_per_pair, options.rotation_block, options.seed, threads, statistics)

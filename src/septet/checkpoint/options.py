@@ -36,7 +36,7 @@ class QuantizeOptions:
         range_method: of split: "mse", "minmax" or "minmax_shared".
         max_shard_bytes: of one output file.
         effort: 0 plain rounding; 1 error feedback; 2 and 3 also what errors matter for the model's predictions, and how far
-            inputs have moved. Only for code trellis.
+            inputs have moved (code split: error feedback with inputs weighed by what matters).
         calibration: the text for efforts above 0: "self" (the model writes it), or "sha256:..." of the text given; else "none".
         calibration_tokens: about how many tokens to calibrate with; 0 is the effort's own number.
         allocation: "uniform": all layers have the same width; "measured": 6, 7 or 8 bits per pair for each group of layers, so that
@@ -99,8 +99,8 @@ class QuantizeOptions:
             raise OptionError("allocation measured is for code trellis only", self.code, "leave one of the two options out")
 
     def _check_calibration(self) -> None:
-        if self.effort and self.code != "trellis":
-            raise OptionError("effort above 0 is for code trellis only", self.code, "use effort 0")
+        if self.effort and self.code == "split" and self.range_method != "mse":
+            raise OptionError("efforts above 0 find ranges of split by themselves", self.range_method, "use effort 0, or range_method mse")
         if self.calibration not in ("none", "self") and not self.calibration.startswith("sha256:"):
             raise OptionError("calibration must be none, self or sha256:...", self.calibration, "correct the option")
         if (self.effort > 0) != (self.calibration != "none"):

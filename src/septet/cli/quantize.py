@@ -50,7 +50,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The directory to make; it must not exist.")],
     code: Annotated[Code, typer.Option(help="trellis: better; split: simpler and quicker.")] = Code.trellis,
     bits: Annotated[float, typer.Option(help="Average bits per weight of the linear layers: 3 to 4 (split: 3.5).")] = 3.5,
-    effort: Annotated[int | None, typer.Option(help=_EFFORT_HELP, show_default="2; split: 0", min=0, max=3)] = None,
+    effort: Annotated[int | None, typer.Option(help=_EFFORT_HELP, show_default="2", min=0, max=3)] = None,
     calibration: Annotated[
         str | None, typer.Option(help="A text file; self: text that the model writes; none: effort 0.", show_default="self")
     ] = None,
@@ -68,7 +68,7 @@ def quantize(
         raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
     from septet import checkpoint
 
-    effort, calibration = effort_and_calibration(effort, calibration, code.value)
+    effort, calibration = effort_and_calibration(effort, calibration)
     options = checkpoint.QuantizeOptions(
         code=code.value,
         bits_per_weight=bits,
@@ -95,16 +95,15 @@ def quantize(
         note(f"bits per weight: {totals['effective_bits']:.4f} in the linear layers, {totals['effective_bits_total']:.4f} in all")
 
 
-def effort_and_calibration(effort: int | None, calibration: str | None, code: str) -> tuple[int, str]:
+def effort_and_calibration(effort: int | None, calibration: str | None) -> tuple[int, str]:
     """What is meant by options that may have been left out.
 
     Args:
-        effort: 0 to 3; None: 0 without calibration and for code split, else 2.
+        effort: 0 to 3; None: 0 without calibration, else 2.
         calibration: a text file, "self", "none"; None: as the effort needs.
-        code: "trellis" or "split".
     """
     if effort is None:
-        effort = 0 if calibration == "none" or code == "split" else 2
+        effort = 0 if calibration == "none" else 2
     if calibration is None:
         calibration = "self" if effort else "none"
     return effort, calibration
@@ -117,7 +116,7 @@ def quantize_best(
 
     Both are made beside OUT; arguments and result are those of `quantize_with_bar`.
     """
-    if out.exists() or options.bits_per_weight != 3.5:
+    if out.exists() or options.bits_per_weight != 3.5 or options.code != "trellis":
         return quantize_with_bar(source, out, options, resume, threads, calibration)
     from septet.cli.trial import divergence_on_own_text
 
