@@ -1,6 +1,6 @@
 """A model directory, quantized while transformers loads it, saved, loaded again, and asked to go on with a sentence.
 
-    python examples/quantize_in_transformers.py demo/original my-model
+python examples/quantize_in_transformers.py demo/original my-model
 """
 
 from __future__ import annotations

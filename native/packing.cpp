@@ -57,9 +57,7 @@ int encode(const MakeTables& make_tables, const int16_t* fixed, int64_t tiles, u
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
         const auto& width = make_tables();
         std::atomic<bool> failed{false};
-        // Whole batches, so that no thread searches a short one in the middle.
-        parallel_for(workers, ceil_divide(tiles, kBatch), [&](int64_t first_batch, int64_t last_batch) {
-            const int64_t first = first_batch * kBatch, last = std::min(last_batch * kBatch, tiles);
+        parallel_for(workers, tiles, [&](int64_t first, int64_t last) {
             try {
                 viterbi_encode(width.tables(), *kernels.viterbi, fixed + first * kTileWeights, last - first, symbols + first * kTilePairs);
             } catch (const std::bad_alloc&) {

@@ -48,23 +48,24 @@ Buffer<T> buffer(size_t count) {
 // Search state of one batch of tiles.
 class Search {
 public:
-    Search(const ViterbiTables& tables, ViterbiAdvance advance) : tables_(tables), advance_(advance), count_(states(tables.bits)),
+    Search(const ViterbiTables& tables, const ViterbiKernel& kernel) : tables_(tables), kernel_(kernel), count_(states(tables.bits)),
         costs_(buffer<int32_t>(kBatch * count_)), scratch_(buffer<int32_t>(kBatch * count_)), survivors_(buffer<uint8_t>(kBatch * kPairs * count_)) {}
 
-    // tiles: kBatch pointers to 256 quarter levels. symbols: kBatch pointers to 128 symbols.
-    void encode(const int16_t* const* tiles, uint8_t* const* symbols) {
+    // tiles: `count` pointers, at most kBatch, to 256 quarter levels. symbols: as many pointers to 128 symbols.
+    void encode(const int16_t* const* tiles, uint8_t* const* symbols, int count) {
         const int bits = tables_.bits;
+        batch_ = count;
         int boundary[kBatch];
         start(nullptr);
         run(tiles, kPairs - kBoundarySteps, 2 * kBoundarySteps);
-        for (int t = 0; t < kBatch; t++) {
+        for (int t = 0; t < batch_; t++) {
             int state = cheapest(t);
             for (int s = 2 * kBoundarySteps - 1; s >= kBoundarySteps; s--) state = window(t, s, state) & (count_ - 1);
             boundary[t] = state;
         }
         start(boundary);
         run(tiles, 0, kPairs);
-        for (int t = 0; t < kBatch; t++) {
+        for (int t = 0; t < batch_; t++) {
             int state = boundary[t];
             for (int s = kPairs - 1; s >= 0; s--) {
                 const int w = window(t, s, state);
@@ -76,7 +77,7 @@ public:
 
 private:
     void start(const int* fixed_state) {
-        for (int t = 0; t < kBatch; t++)
+        for (int t = 0; t < batch_; t++)
             for (int s = 0; s < count_; s++) {
                 const int cost = fixed_state == nullptr || fixed_state[t] == s ? 0 : kFarState;
                 costs_[t * count_ + slot_of_state(s, tables_.bits)] = cost << kMetricShift | (s & ((1 << tables_.bits) - 1));
@@ -88,11 +89,11 @@ private:
             const int pair = (first_pair + s) % kPairs;
             int32_t inputs[kBatch];
             ViterbiStep step{&tables_, costs_.get(), scratch_.get(), inputs, {}};
-            for (int t = 0; t < kBatch; t++) {
+            for (int t = 0; t < batch_; t++) {
                 std::memcpy(&inputs[t], tiles[t] + 2 * pair, sizeof(int32_t));
                 step.survivors[t] = survivors_.get() + (t * kPairs + s) * count_;
             }
-            advance_(step);
+            kernel_.advance[tables_.bits - 6][batch_ - 1](step);
         }
     }
 
@@ -109,8 +110,8 @@ private:
     int32_t cost(int t, int s) const { return costs_[t * count_ + slot_of_state(s, tables_.bits)]; }
 
     const ViterbiTables& tables_;
-    ViterbiAdvance advance_;
-    int count_;
+    const ViterbiKernel& kernel_;
+    int count_, batch_ = kBatch;
     Buffer<int32_t> costs_, scratch_;
     Buffer<uint8_t> survivors_;
 };
@@ -141,17 +142,18 @@ WidthTables::~WidthTables() {
 }
 
 void viterbi_encode(const ViterbiTables& tables, const ViterbiKernel& kernel, const int16_t* fixed, int64_t tiles, uint8_t* symbols) {
-    Search search(tables, kernel.advance[tables.bits - 6]);
-    std::vector<uint8_t> unused(kPairs);
-    for (int64_t first = 0; first < tiles; first += kBatch) {
+    Search search(tables, kernel);
+    for (int64_t batches = (tiles + kBatch - 1) / kBatch; batches > 0; batches--) {
+        // As equal as they can be: one tile alone takes almost as long as two.
+        const int count = static_cast<int>((tiles + batches - 1) / batches);
         const int16_t* batch[kBatch];
         uint8_t* out[kBatch];
-        for (int t = 0; t < kBatch; t++) {  // a short batch repeats its last tile into a buffer nobody reads
-            const int64_t tile = std::min(first + t, tiles - 1);
-            batch[t] = fixed + tile * 2 * kPairs;
-            out[t] = first + t < tiles ? symbols + tile * kPairs : unused.data();
+        for (int t = 0; t < count; t++, fixed += 2 * kPairs, symbols += kPairs) {
+            batch[t] = fixed;
+            out[t] = symbols;
         }
-        search.encode(batch, out);
+        search.encode(batch, out, count);
+        tiles -= count;
     }
 }
 

@@ -11,7 +11,7 @@
 namespace septet {
 
 constexpr int kWindowBits = 16;
-constexpr int kBatch = 4;        // tiles that share one pass over the level table
+constexpr int kBatch = 4;        // at most so many tiles share one pass over the level table
 constexpr int kMetricShift = 8;  // a cost carries its survivor in these low bits
 
 // Per-width tables in the order the search reads them: [group][low][c].
@@ -26,8 +26,8 @@ constexpr int groups(int bits) { return 1 << (kWindowBits - 2 * bits); }
 // Costs and survivors lie as [group][c]; this is where the state s is found.
 constexpr int slot_of_state(int s, int bits) { return ((s & (groups(bits) - 1)) << bits) + (s >> (kWindowBits - 2 * bits)); }
 
-// costs: kBatch rows of states(bits), each cost << 8 | (state mod 2^bits), at slot_of_state; replaced by the next step's.
-// inputs: per tile the two fixed-point values of the pair as int16 in one int32. survivors: kBatch rows of states(bits).
+// A step of 1 to kBatch tiles. costs: a row of states(bits) per tile, each cost << 8 | (state mod 2^bits), at slot_of_state; replaced by the next step's.
+// inputs: per tile the two fixed-point values of the pair as int16 in one int32. survivors: a row of states(bits) per tile.
 struct ViterbiStep {
     const ViterbiTables* tables;
     int32_t* costs;
@@ -36,16 +36,16 @@ struct ViterbiStep {
     uint8_t* survivors[kBatch];
 };
 
-template <class Vector, int bits>
+template <class Vector, int bits, int batch>
 void advance(const ViterbiStep& step) {
     constexpr int count = states(bits), branches = 1 << bits;
     constexpr int lanes = Vector::lanes, block = Vector::registers_per_tile * lanes < branches ? Vector::registers_per_tile : branches / lanes;
-    typename Vector::Type least[kBatch];
-    for (int t = 0; t < kBatch; t++) least[t] = Vector::all(INT32_MAX);
+    typename Vector::Type least[batch];
+    for (int t = 0; t < batch; t++) least[t] = Vector::all(INT32_MAX);
     for (int group = 0; group < groups(bits); group++) {
         for (int c = 0; c < branches; c += block * lanes) {
-            typename Vector::Type best[kBatch][block], input[kBatch];
-            for (int t = 0; t < kBatch; t++) {
+            typename Vector::Type best[batch][block], input[batch];
+            for (int t = 0; t < batch; t++) {
                 input[t] = Vector::all(step.inputs[t]);
                 for (int r = 0; r < block; r++) best[t][r] = Vector::all(INT32_MAX);
             }
@@ -55,13 +55,13 @@ void advance(const ViterbiStep& step) {
                 const int32_t* cost = step.costs + slot_of_state(group << bits | low, bits);
                 for (int r = 0; r < block; r++) {
                     const auto level = Vector::load(levels + r * lanes), norm = Vector::load(norms + r * lanes);
-                    for (int t = 0; t < kBatch; t++) {
+                    for (int t = 0; t < batch; t++) {
                         const auto start = Vector::add(norm, Vector::all(cost[t * count]));
                         best[t][r] = Vector::min(best[t][r], Vector::dot2(start, input[t], level));
                     }
                 }
             }
-            for (int t = 0; t < kBatch; t++)
+            for (int t = 0; t < batch; t++)
                 for (int r = 0; r < block; r++) {
                     const int slot = (group << bits) + c + r * lanes;
                     Vector::store(step.scratch + t * count + slot, best[t][r]);
@@ -71,7 +71,7 @@ void advance(const ViterbiStep& step) {
         }
     }
     // Subtract the least cost (no decision changes, int32 stays in range) and write each state's own low bits into its cost.
-    for (int t = 0; t < kBatch; t++) {
+    for (int t = 0; t < batch; t++) {
         const auto base = Vector::all(Vector::reduce_min(least[t]) & ~0xFF), mask = Vector::all(~0xFF);
         for (int group = 0; group < groups(bits); group++)
             for (int c = 0; c < branches; c += lanes) {
@@ -84,11 +84,26 @@ void advance(const ViterbiStep& step) {
 }
 
 using ViterbiAdvance = void (*)(const ViterbiStep&);
-// The three widths 6, 7, 8 in that order.
-struct ViterbiKernel { ViterbiAdvance advance[3]; };
+// The three widths 6, 7, 8 in that order, for 1 to kBatch tiles each.
+struct ViterbiKernel { ViterbiAdvance advance[3][kBatch]; };
+
+template <class Vector, int bits>
+constexpr void fill(ViterbiAdvance (&row)[kBatch]) {
+    static_assert(kBatch == 4, "one entry per number of tiles");
+    row[0] = advance<Vector, bits, 1>;
+    row[1] = advance<Vector, bits, 2>;
+    row[2] = advance<Vector, bits, 3>;
+    row[3] = advance<Vector, bits, 4>;
+}
 
 template <class Vector>
-constexpr ViterbiKernel viterbi_kernel() { return {{advance<Vector, 6>, advance<Vector, 7>, advance<Vector, 8>}}; }
+constexpr ViterbiKernel viterbi_kernel() {
+    ViterbiKernel kernel{};
+    fill<Vector, 6>(kernel.advance[0]);
+    fill<Vector, 7>(kernel.advance[1]);
+    fill<Vector, 8>(kernel.advance[2]);
+    return kernel;
+}
 
 extern const ViterbiKernel viterbi_scalar, viterbi_avx2, viterbi_avx512;
 

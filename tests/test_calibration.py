@@ -122,21 +122,28 @@ def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> N
     for layer in layers:
         inputs, gradients = (np.concatenate(parts) for parts in zip(*seen[layer.name]))
         true = gradients.T @ gradients / len(gradients)
-        assert found.outputs[layer.name].shape == (1, *true.shape)
-        assert np.abs(found.outputs[layer.name][0] - true).max() <= 1e-3 * np.abs(true).max(), layer.name
+        assert found.outputs(layer.name).shape == (1, *true.shape)
+        assert np.abs(found.outputs(layer.name)[0] - true).max() <= 1e-3 * np.abs(true).max(), layer.name
         weights = (gradients**2).sum(axis=1)
         part = (inputs * (weights / weights.mean())[:, None]).T @ inputs
         weighed[layer.group] = weighed.get(layer.group, 0) + part
     for group, true in weighed.items():
-        scaled = found.inputs[group] * (true.trace() / found.inputs[group].trace())
+        scaled = found.inputs(group) * (true.trace() / found.inputs(group).trace())
         assert np.abs(scaled - true).max() <= 1e-3 * np.abs(true).max(), group
 
 
-def test_sensitivity_does_not_depend_on_threads(tiny_model_dir: Path) -> None:
+def test_sensitivity_does_not_depend_on_threads(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = load(tiny_model_dir)
+    layers = plan(model, QuantizeOptions(head="keep"))
     one, three, other = measured(tiny_model_dir), measured(tiny_model_dir, 3), measured(tiny_model_dir, seed=1)
-    for name, matrix in one.outputs.items():
-        assert matrix.tobytes() == three.outputs[name].tobytes() != other.outputs[name].tobytes()
-    assert all(matrix.tobytes() == three.inputs[group].tobytes() for group, matrix in one.inputs.items())
+    measure(model, layers, windows(), found=Sensitivity(tmp_path))
+    kept = Sensitivity(tmp_path)
+    for layer in layers:
+        matrix = one.outputs(layer.name)
+        assert matrix.tobytes() == three.outputs(layer.name).tobytes() == kept.outputs(layer.name).tobytes()
+        assert matrix.tobytes() != other.outputs(layer.name).tobytes()
+        assert one.inputs(layer.group).tobytes() == three.inputs(layer.group).tobytes() == kept.inputs(layer.group).tobytes()
+    assert kept.inputs("another") is None and kept.outputs("another") is None
 
 
 def test_a_model_with_conv1d_and_biases() -> None:

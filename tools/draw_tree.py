@@ -1,7 +1,7 @@
 """Draw the tree in ARCHITECTURE.md: every source file with the first line it says about itself.
 
-    python tools/draw_tree.py            # rewrites the tree in ARCHITECTURE.md
-    python tools/draw_tree.py --check    # exit 1 when the file would change
+python tools/draw_tree.py            # rewrites the tree in ARCHITECTURE.md
+python tools/draw_tree.py --check    # exit 1 when the file would change
 """
 
 from __future__ import annotations

@@ -95,22 +95,23 @@ class Calibrator:
         total, drift = self._collect(layers)
         if not total.tokens:
             return None
-        inputs = total.mean()
-        if self._sensitivity is None or layers[0].group not in self._sensitivity.inputs:
+        inputs, known = total.mean(), self.forecast(layers)
+        if known is None:
             return GroupStatistics(inputs)
-        weighed = self._sensitivity.inputs[layers[0].group].astype(np.float64)
+        weighed = known.inputs
         trace, other = (sum_all(np.ascontiguousarray(matrix.diagonal())) for matrix in (inputs, weighed))
         if 0 < other < np.inf:
             inputs = (1 - _WEIGHED_SHARE) * inputs + _WEIGHED_SHARE * trace / other * weighed
-        outputs = tuple(self._sensitivity.outputs[layer.name] for layer in layers)
-        return GroupStatistics(inputs, None if drift is None else drift / total.tokens, outputs)
+        return GroupStatistics(inputs, None if drift is None else drift / total.tokens, known.outputs)
 
     def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
         """What is known of a group before anything is quantized, from the sensitivity; None where nothing is."""
-        known = self._sensitivity
-        if known is None or layers[0].group not in known.inputs:
+        if self._sensitivity is None:
             return None
-        return GroupStatistics(known.inputs[layers[0].group].astype(np.float64), None, tuple(known.outputs[layer.name] for layer in layers))
+        inputs, outputs = self._sensitivity.inputs(layers[0].group), [self._sensitivity.outputs(layer.name) for layer in layers]
+        if inputs is None or any(matrix is None for matrix in outputs):
+            return None
+        return GroupStatistics(inputs.astype(np.float64), None, tuple(outputs))
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
         """Let everything after this layer see its quantized weights; layers come in the order of the plan."""

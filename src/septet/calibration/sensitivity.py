@@ -6,7 +6,7 @@ mean of (d transpose(d)) x (x transpose(x)) over tokens. It is kept as a product
 in blocks of neighbours, and the mean of |d|^2 x transpose(x), tokens weighed by what depends on them, for the inputs.
 
 Blocks are worked off from the last to the first: forward once more, with gradients, and one step back. Memory: the model, the hidden
-states of all windows before every block, and one block's work. The two sides are handed out block by block and may lie on disk.
+states of all windows before every block, and one block's work. The two sides are stored block by block and may lie on disk.
 
 Reference: Kronecker-factored Fisher information after Martens and Grosse 2015 (arXiv 1503.05671); as two-sided Hessians for rounding after
 Tseng et al. 2025 (YAQA, arXiv 2505.22988).
@@ -14,9 +14,11 @@ Tseng et al. 2025 (YAQA, arXiv 2505.22988).
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,17 +34,45 @@ from septet.quantize.statistics import output_rows
 __all__ = ["Sensitivity", "measure"]
 
 
-@dataclass(eq=False)
 class Sensitivity:
     """Both sides, for the layers of a model.
 
     Args:
-        inputs: group -> float32 [K, K], mean of |d|^2 x transpose(x), each layer of the group counting the same; only its shape matters.
-        outputs: layer -> float32 [blocks, B, B], mean of d transpose(d) per token, B as `quantize.statistics.output_rows` says.
+        folder: where to keep them; None: in memory. What an earlier `Sensitivity` has kept there is found again.
     """
 
-    inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def inputs(self, group: str) -> np.ndarray | None:
+        """float32 [K, K], mean of |d|^2 x transpose(x), each layer of the group counting the same; only its shape matters."""
+        return self._get(f"inputs of {group}")
+
+    def outputs(self, layer: str) -> np.ndarray | None:
+        """float32 [blocks, B, B], mean of d transpose(d) per token, B as `quantize.statistics.output_rows` says."""
+        return self._get(f"outputs of {layer}")
+
+    def put(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+        """Keep the two sides of some groups and layers, as float32."""
+        named = {f"inputs of {group}": matrix for group, matrix in inputs.items()}
+        named |= {f"outputs of {layer}": matrix for layer, matrix in outputs.items()}
+        for key, matrix in named.items():
+            if self._folder is None:
+                self._arrays[key] = matrix.astype(np.float32)
+            else:
+                unfinished = self._file(key).with_suffix(".unfinished.npy")
+                np.save(unfinished, matrix.astype(np.float32))
+                os.replace(unfinished, self._file(key))
+
+    def _get(self, key: str) -> np.ndarray | None:
+        if self._folder is None:
+            return self._arrays.get(key)
+        file = self._file(key)
+        return np.load(file, allow_pickle=False) if file.is_file() else None
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
 
 
 def measure(
@@ -51,6 +81,7 @@ def measure(
     windows: torch.Tensor,
     seed: int = 0,
     threads: int = 0,
+    found: Sensitivity | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
     """Measure the sensitivity of layers.
@@ -61,6 +92,7 @@ def measure(
         windows: int64 [windows, tokens], a text; a few thousand tokens do.
         seed: of the drawn labels.
         threads: 0 is the default number; the result does not depend on it.
+        found: where to put it; None: a new one in memory.
         progress: called with blocks done and blocks in all.
 
     Raises:
@@ -68,7 +100,7 @@ def measure(
     """
     model.requires_grad_(False)
     prefix, blocks = find_blocks(model, layers)
-    chain, found = Chain(model, blocks, windows), Sensitivity()
+    chain, found = Chain(model, blocks, windows), found or Sensitivity()
     states = [chain.hidden]
     for index, block in enumerate(blocks):
         dtype = next(block.parameters()).dtype
@@ -83,7 +115,7 @@ def measure(
         blocks[index].float()
         gradients = step.run(states.pop(), gradients, threads)
         blocks[index].to(dtype)
-        step.hand_out(found)
+        found.put(*step.result())
         progress(len(blocks) - index, len(blocks))
     return found
 
@@ -156,13 +188,10 @@ class _Step:
         for key, (inputs, weights) in shared.items():
             self._inputs[key.split("|", 1)[1]].add(inputs * np.sqrt(weights)[:, None].astype(np.float32))
 
-    def hand_out(self, found: Sensitivity) -> None:
-        """Put the block's sides with those of the others."""
-        for group, total in self._inputs.items():
-            if total.tokens:
-                found.inputs[group] = total.mean().astype(np.float32)
-        for name, total in self._outputs.items():
-            found.outputs[name] = (total / max(self._tokens, 1)).astype(np.float32)
+    def result(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The block's two sides, by group and by layer."""
+        inputs = {group: total.mean() for group, total in self._inputs.items() if total.tokens}
+        return inputs, {name: total / max(self._tokens, 1) for name, total in self._outputs.items()}
 
 
 class _Watcher:

@@ -34,13 +34,14 @@ class Hooks:
         plan: (opened source, options) -> layers to quantize; those of one group are done together.
         progress: called with every Progress.
         convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
-        calibrate: (opened source, layers) -> calibration; needed when the options ask for one.
+        calibrate: (opened source, layers, folder) -> calibration; needed when the options ask for one. The folder is for what it wants to
+            find again after an interruption; it goes away with OUT.partial.
     """
 
     plan: Callable[[ModelDirectory, QuantizeOptions], list[LayerPlan]]
     progress: Callable[[Progress], None] = lambda event: None
     convert_gguf: Callable[[Path, Path], None] | None = None
-    calibrate: Callable[[ModelDirectory, list[LayerPlan]], Calibration] | None = None
+    calibrate: Callable[[ModelDirectory, list[LayerPlan], Path], Calibration] | None = None
 
 
 def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks: Hooks, resume: bool = False, threads: int = 0) -> bool:
@@ -73,7 +74,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
             return True
         directory = _source_directory(source, workspace, hooks)
         layers = hooks.plan(directory, options)
-        calibration = _calibration(directory, layers, options, hooks)
+        calibration = _calibration(directory, layers, options, hooks, workspace.calibration)
         layers = choose_widths(directory, layers, options, calibration)
         fill(Run(workspace, directory, options, threads, hooks.progress, calibration), layers, made_from)
         workspace.finish()
@@ -83,7 +84,9 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
     return True
 
 
-def _calibration(directory: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions, hooks: Hooks) -> Calibration | None:
+def _calibration(
+    directory: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions, hooks: Hooks, folder: Path
+) -> Calibration | None:
     """What the options ask for."""
     if options.calibration == "none":
         return None
@@ -91,7 +94,9 @@ def _calibration(directory: ModelDirectory, layers: list[LayerPlan], options: Qu
         raise OptionError(
             "calibration must have somebody to run the model", options.calibration, "use `septet quantize`, or calibration none"
         )
-    return hooks.calibrate(directory, layers)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    return hooks.calibrate(directory, layers, folder)
 
 
 def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:

@@ -30,6 +30,7 @@ __all__ = ["Workspace", "writing"]
 
 _JOURNAL_NAME = "journal.jsonl"
 _SCRATCH_NAME = "source"
+_CALIBRATION_NAME = "calibration.tmp"
 
 
 @contextlib.contextmanager
@@ -70,6 +71,8 @@ class Workspace:
         self.path = out.with_name(out.name + ".partial")
         #: A folder for a converted source; it does not become part of OUT.
         self.scratch = self.path / _SCRATCH_NAME
+        #: A folder for what a calibration has found out; neither does it.
+        self.calibration = self.path / _CALIBRATION_NAME
         self._journal_path = self.path / _JOURNAL_NAME
         #: Job name -> its record, of jobs that an earlier run has finished.
         self.records: dict[str, dict] = {}
@@ -165,8 +168,9 @@ class Workspace:
     def finish(self) -> None:
         """Remove the journal and rename OUT.partial to OUT. septet.json must have been written, as the last file."""
         with writing(self.out):
-            if self.scratch.exists():
-                shutil.rmtree(self.scratch)
+            for folder in (self.scratch, self.calibration):
+                if folder.exists():
+                    shutil.rmtree(folder)
             _sync_folder(self.path)
             self._journal_path.unlink()
             if self.out.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 from septet.cli.eval import read_text
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-    from septet.calibration import Calibrator
+    from septet.calibration import Calibrator, Sensitivity
     from septet.checkpoint import QuantizeOptions
     from septet.checkpoint.directory import ModelDirectory
     from septet.checkpoint.stream import Progress
@@ -41,8 +43,8 @@ def calibration_name(choice: str) -> str:
 
 def calibrate_with(
     choice: str, options: QuantizeOptions, threads: int, show: Callable[[Progress], None]
-) -> Callable[[ModelDirectory, list[LayerPlan]], Calibrator]:
-    """The hook `calibrate` of a quantization run.
+) -> Callable[[ModelDirectory, list[LayerPlan], Path], Calibrator]:
+    """The hook `calibrate` of a quantization run; text and sensitivities of an interrupted run are found again.
 
     Args:
         choice: "self" or the path of a text file.
@@ -51,25 +53,63 @@ def calibrate_with(
         show: called while the model writes and is measured.
     """
 
-    def calibrate(directory: ModelDirectory, layers: list[LayerPlan]) -> Calibrator:
+    def calibrate(directory: ModelDirectory, layers: list[LayerPlan], folder: Path) -> Calibrator:
+        import numpy as np
+        import torch
+
         from septet import loading
-        from septet.calibration import Calibrator, measure
-        from septet.checkpoint.stream import Progress
+        from septet.calibration import Calibrator
 
         model = loading.load_model(directory.path)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
         shape = -(-options.tokens // context), context
-        windows = write_windows(model, shape, options.seed, threads, show) if choice == "self" else _read(choice, model, shape)
+        kept = folder / "windows.npy"
+        if not kept.is_file():
+            windows = write_windows(model, shape, options.seed, threads, show) if choice == "self" else _read(choice, model, shape)
+            _save(kept, windows.numpy())
+        windows = torch.from_numpy(np.load(kept, allow_pickle=False))
         sensitivity = None
         if options.effort >= 2:
-
-            def measured(done: int, total: int) -> None:
-                show(Progress("measure", f"block {done} of {total}"))
-
-            sensitivity = measure(model, layers, windows[:, :_SENSITIVITY_CONTEXT].contiguous(), options.seed, threads, measured)
+            beginnings = windows[:, :_SENSITIVITY_CONTEXT].contiguous()
+            sensitivity = _measured(model, layers, beginnings, options.seed, threads, folder, show)
         return Calibrator(model, layers, windows, threads, sensitivity)
 
     return calibrate
+
+
+def _measured(
+    model: torch.nn.Module,
+    layers: list[LayerPlan],
+    windows: torch.Tensor,
+    seed: int,
+    threads: int,
+    folder: Path,
+    show: Callable[[Progress], None],
+) -> Sensitivity:
+    """The sensitivity of a model's layers, kept in a folder."""
+    import numpy as np
+
+    from septet.calibration import Sensitivity, measure
+    from septet.checkpoint.stream import Progress
+
+    found, complete = Sensitivity(folder), folder / "complete.npy"
+    if not complete.is_file():
+
+        def measured(done: int, total: int) -> None:
+            show(Progress("measure", f"block {done} of {total}"))
+
+        measure(model, layers, windows, seed, threads, found, measured)
+        _save(complete, np.zeros(0))
+    return found
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write an array in one go."""
+    import numpy as np
+
+    unfinished = path.with_suffix(".unfinished.npy")
+    np.save(unfinished, array)
+    os.replace(unfinished, path)
 
 
 def _read(choice: str, model: torch.nn.Module, shape: tuple[int, int]) -> torch.Tensor:
