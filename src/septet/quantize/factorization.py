@@ -28,7 +28,8 @@ DAMPINGS = (0.03, 0.1, 0.3)
 #: Errors fed back are whole numbers up to 2^20 (see `feedback`).
 ERROR_BITS = 20
 _MOST_COEFFICIENT_BITS = 30
-_PANEL = 64
+_PANEL = 128
+_DIVISION_PANEL = 256
 _STRIP = 1024
 
 
@@ -102,7 +103,7 @@ def divide(matrix: np.ndarray, factor: Factor) -> np.ndarray:
     """
     lower, size = factor.lower, len(factor.lower)
     result = np.array(matrix, np.float64)
-    panels = [(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
+    panels = [(start, min(start + _DIVISION_PANEL, size)) for start in range(0, size, _DIVISION_PANEL)]
     inverses = [_invert_unit_lower(lower[start:stop, start:stop]) for start, stop in panels]
     for (start, stop), inverse in zip(panels, inverses):
         # Solve for y in y @ transpose(L) = matrix, first columns first.

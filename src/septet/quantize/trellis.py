@@ -78,8 +78,8 @@ def quantize_trellis(
     for bunch in _bunches([piece for maker in makers for piece in maker.pieces()], basis.piece_weights()):
         prepared = [maker.prepare(start, stop) for maker, start, stop in bunch]
         encoded = encode_sheets([sheet for sheet, _ in prepared], metric.factor, bits_per_pair, threads)
-        for (maker, start, stop), (_, scale), (coded, levels) in zip(bunch, prepared, encoded):
-            maker.accept(slice(start, stop), scale, coded, levels)
+        for (maker, start, stop), (sheet, scale), (coded, levels) in zip(bunch, prepared, encoded):
+            maker.accept(slice(start, stop), basis.refit(sheet.rotated, levels, scale, maker.name), coded, levels)
     return [maker.result() for maker in makers]
 
 
@@ -134,11 +134,12 @@ class _Basis:
         rotated = rotation.rotate(rows, sigma, self.input_scale, self.input_block, self.output_block)
         return corrected(rotated, self.metric), scale
 
-    def refit(self, rows: np.ndarray, levels: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
-        """Better output scales for given levels, float16; the old ones where nothing is known of the inputs."""
+    def refit(self, rotated: np.ndarray, levels: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
+        """Better output scales for the levels of rotated rows, float16; the old ones where nothing is known of the inputs."""
         if self.metric.hessian is None:
             return scale
-        targets = corrected(rotation.hadamard_inputs(rows / self.input_scale, self.input_block), self.metric)
+        sigma = scale.astype(np.float32) * np.float32(trellis_code.WIDTHS[self.bits].levels_per_sigma)
+        targets = rotation.hadamard_outputs(rotated, self.output_block) * sigma[:, None]
         return refit_output_scale(targets, levels, scale, self.metric.hessian, self.output_block, name)
 
     def piece_weights(self) -> int:
@@ -159,7 +160,7 @@ class _Maker:
 
     def __init__(self, weight: RowSource, name: str, wanted: np.ndarray, basis: _Basis, sensitivity: np.ndarray | None) -> None:
         rows, columns = tile_grid(*weight.shape)
-        self._weight, self._name, self._wanted, self._basis = weight, name, wanted, basis
+        self._weight, self.name, self._wanted, self._basis = weight, name, wanted, basis
         # Blocks that do not end with a tile, or with a block of the rotation, cannot be encoded one after the other.
         step = output_rows(weight.shape[0])
         aligned = step % max(TILE_OUTPUTS, basis.output_block) == 0 or step == weight.shape[0]
@@ -181,21 +182,21 @@ class _Maker:
     def prepare(self, start: int, stop: int) -> tuple[Sheet, np.ndarray]:
         """Rotated rows, and their scale, float16."""
         rows, wanted, basis = self._weight[start:stop], self._wanted[start:stop], self._basis
-        rotated, scale = basis.rotate(rows, wanted, self._name)
+        rotated, scale = basis.rotate(rows, wanted, self.name)
         factors = scales.headroom(rotated, basis.bits, basis.output_block)
         if (factors != 1).any():
-            rotated, scale = basis.rotate(rows, wanted * factors, self._name)
+            rotated, scale = basis.rotate(rows, wanted * factors, self.name)
         outputs = Factor(None)
         if self._sensitivity is not None:
             outputs = output_factor(self._sensitivity[start // (stop - start)], scale.astype(np.float64), basis.output_block)
         return Sheet(rotated, outputs), scale
 
     def accept(self, cut: slice, scale: np.ndarray, coded: np.ndarray, levels: np.ndarray) -> None:
-        """Take over encoded rows."""
+        """Take over encoded rows and their final scale."""
         rows, basis = self._weight[cut], self._basis
         self._packed[cut.start // TILE_OUTPUTS : cut.start // TILE_OUTPUTS + len(coded)] = coded
-        self._scale[cut] = basis.refit(rows, levels, scale, self._name)
-        stored = self._scale[cut].astype(np.float32)
+        self._scale[cut] = scale
+        stored = scale.astype(np.float32)
         decoded = rotation.unrotate(levels, stored, basis.input_scale, basis.input_block, basis.output_block)
         sums = scales.squared_sums(rows, decoded)
         self._difference, self._energy = self._difference + sums[0], self._energy + sums[1]
