@@ -14,12 +14,14 @@ from __future__ import annotations
 import numpy as np
 
 from septet.quantize.baselines import Baseline
-from septet.quantize.factorization import DAMPINGS, drop_damaged
+from septet.quantize.factorization import drop_damaged
 from septet.quantize.grids import Grid, GridStyle, fit_grid, round_to_grid, search_grid
 
 __all__ = ["quantize_gptq"]
 
 _BATCH = 128
+#: Parts of the mean diagonal added to the diagonal: the paper's, and more where that does not help.
+_DAMPINGS = (0.01, 0.03, 0.1)
 
 
 def quantize_gptq(weight: np.ndarray, hessian: np.ndarray | None, style: GridStyle, activation_order: bool = True) -> Baseline:
@@ -55,7 +57,7 @@ def _inverse_factor(hessian: np.ndarray) -> np.ndarray | None:
     mean = hessian.diagonal().mean()
     if not 0 < mean < np.inf:
         return None
-    for damping in DAMPINGS:
+    for damping in _DAMPINGS:
         damped = hessian + damping * mean * np.eye(len(hessian))
         try:
             np.linalg.cholesky(damped)

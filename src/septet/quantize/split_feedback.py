@@ -28,6 +28,8 @@ __all__ = ["BATCH_INPUTS", "Plan", "encode_fields", "plan_feedback"]
 BATCH_INPUTS = 128
 #: Weights of one piece of rows.
 _PIECE_WEIGHTS = 1 << 22
+#: Parts of the mean diagonal that are added to the diagonal, tried in this order.
+_DAMPINGS = (0.01, 0.03, 0.1)
 #: A step of the 3-bit field is about twice one of the 4-bit field.
 _DAMAGE = (1.0, 4.0)
 
@@ -61,7 +63,7 @@ def plan_feedback(hessian: np.ndarray | None) -> Plan | None:
     usable = drop_damaged(hessian)
     damage = usable.diagonal() * np.where(np.arange(len(usable)) % 2, *_DAMAGE[::-1])
     order = np.argsort(damage, kind="stable")
-    factor = factorize(usable[np.ix_(order, order)])
+    factor = factorize(usable[np.ix_(order, order)], _DAMPINGS)
     if factor.coefficients is None:
         return None
     importance = np.empty(len(order), np.float32)
