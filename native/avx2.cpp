@@ -4,6 +4,7 @@
 // bytes and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are 4 vpshufb (see `magnitudes`), the sign is the seventh index bit.
 #include <immintrin.h>
 
+#include "model_steps.h"
 #include "steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
@@ -287,6 +288,7 @@ const KernelTable kAvx2Kernels = {
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split,
     &viterbi_avx2,
+    &kModelSteps,
 };
 
 }  // namespace septet

@@ -3,6 +3,7 @@
 // A step is 32 pairs, 16 outputs, one per 32-bit lane. Four outputs are `bits` bytes, so vpermd brings each 128-bit lane its dwords, vpshufb each 32-bit
 // lane its bytes, and a shift its two windows. The level table is 64 words in two registers: vpermi2w finds the word, a shift the byte.
 #include "avx512_steps.h"
+#include "model_steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
 
@@ -154,6 +155,7 @@ const KernelTable kAvx512Kernels = {
     decoded_product, row_product_with<WideDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split,
     &viterbi_avx2,
+    &kModelSteps,
 };
 
 }  // namespace septet

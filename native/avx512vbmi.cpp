@@ -4,6 +4,7 @@
 // hash them, vpermi2b looks up both levels of each pair in a table of two registers (it ignores the eighth index bit), and vpdpbusd sums the four inputs
 // of an output. The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
 #include "avx512_steps.h"
+#include "model_steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
 
@@ -159,6 +160,7 @@ const KernelTable kAvx512VbmiKernels = {
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split,
     &viterbi_avx512,
+    &kModelSteps,
 };
 
 }  // namespace septet

@@ -8,6 +8,7 @@
 
 namespace septet {
 
+struct ModelSteps;
 struct ViterbiKernel;
 
 constexpr int kTileOutputs = 64, kTileInputs = 4, kTilePairs = 128, kTileWeights = 256;
@@ -58,6 +59,7 @@ struct KernelTable {
     void (*add_split)(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y);
 
     const ViterbiKernel* viterbi;
+    const ModelSteps* model;
 };
 
 extern const KernelTable kScalarKernels;

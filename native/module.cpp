@@ -1,28 +1,12 @@
 // The Python module septet._native: checks shapes, releases the interpreter's lock, calls the C functions.
-#include "arrays.h"
-
-#include <nanobind/stl/array.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
+#include "module_layer.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 
 namespace septet {
 namespace {
-
-using Optional = std::optional<AnyArray>;
-
-size_t ceil_of(int64_t a, int64_t b) { return static_cast<size_t>((a + b - 1) / b); }
-
-std::string bits_text(int bits) { return std::to_string(bits) + " bits per pair"; }
-
-int64_t bytes_of_tile(int bits) {
-    if (bits < 6 || bits > 8) raise("OptionError", "bits per pair must be 6, 7 or 8", std::to_string(bits), "choose 3.0, 3.5 or 4.0 bits per weight");
-    return 16 * bits;
-}
 
 septet_tiles tiles_of(const AnyArray& packed, int bits) {
     const int64_t bytes = bytes_of_tile(bits);
@@ -189,41 +173,6 @@ nb::object int8_product_float(const AnyArray& weight, const AnyArray& scale, con
     return out.array;
 }
 
-// A layer whose arrays were checked once; keeps them alive.
-class Layer {
-public:
-    // sizes: code, bits, in_features, out_features, input_block, output_block, group_size, segment, as in septet_layer.
-    Layer(AnyArray weight, AnyArray scale, Optional offset, Optional input_scale, const std::array<int64_t, 8>& sizes)
-        : arrays_{std::move(weight), std::move(scale)}, offset_(std::move(offset)), input_scale_(std::move(input_scale)) {
-        const auto [code, bits, k, n, input_block, output_block, group_size, segment] = sizes;
-        const int64_t rows = static_cast<int64_t>(ceil_of(n, 64)), columns = static_cast<int64_t>(ceil_of(k, 4));
-        layer_ = {static_cast<int>(code), static_cast<int>(bits), k, n, nullptr, nullptr, nullptr, nullptr, input_block, output_block, group_size, segment};
-        if (code == SEPTET_INT8) layer_.weight = view<int8_t>(arrays_[0], "weight", {n, k});
-        else layer_.weight = view<uint8_t>(arrays_[0], "packed weights", {rows, columns * bytes_of_tile(static_cast<int>(bits))});
-        if (code == SEPTET_SPLIT) {
-            const int64_t scale_rows = group_size == 0 ? 2 : 2 * static_cast<int64_t>(ceil_of(columns * 4, group_size));
-            layer_.scale = view<float>(arrays_[1], "transposed scales", {scale_rows, rows * 64});
-            if (offset_) layer_.offset = view<float>(*offset_, "transposed offsets", {scale_rows, rows * 64});
-        } else {
-            layer_.scale = view<float>(arrays_[1], "scale", {n});
-        }
-        if (input_scale_) layer_.input_scale = view<float>(*input_scale_, "input_scale", {k});
-    }
-
-    nb::object linear(const AnyArray& x, bool float_activations, int threads) const {
-        const float* data = view<float>(x, "inputs", {kAny, layer_.in_features});
-        Result<float> out({x.shape(0), static_cast<size_t>(layer_.out_features)});
-        const int kind = float_activations ? SEPTET_ACTIVATIONS_FLOAT : SEPTET_ACTIVATIONS_INT8;
-        run([&] { return septet_linear(&layer_, data, size_of(x, 0), kind, out.data, threads); }, describe(x));
-        return out.array;
-    }
-
-private:
-    AnyArray arrays_[2];
-    Optional offset_, input_scale_;
-    septet_layer layer_;
-};
-
 nb::dict instruction_sets() {
     nb::dict sets;
     for (int i = 0; const char* name = septet_instruction_set_name(i); i++) sets[name] = septet_instruction_set_obstacle(i);
@@ -290,5 +239,7 @@ NB_MODULE(_native, m) {
     nb::class_<Layer>(m, "Layer")
         .def(nb::init<AnyArray, AnyArray, Optional, Optional, const std::array<int64_t, 8>&>(), array("weight"), array("scale"), array("offset").none(),
              array("input_scale").none(), nb::arg("sizes"))
+        .def(nb::init<AnyArray, const std::string&>(), array("weight"), nb::arg("dtype"))
         .def("linear", &Layer::linear, array("x"), nb::arg("float_activations"), threads);
+    bind_engine(m);
 }

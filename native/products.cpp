@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "model_table.h"
+
 namespace septet {
 namespace {
 
@@ -14,7 +16,7 @@ constexpr int64_t kChunkTiles = 64;        // decoded at once: 16 KiB of int8
 constexpr int64_t kFloatChunkTiles = 32;   // 32 KiB of float32
 constexpr int64_t kTokenBlock = 128;       // tokens that share one decoding: 32 KiB of sums
 constexpr int64_t kRowBlock = 64;          // rows of an int8 matrix at once
-constexpr int64_t kWeightsPerThread = 1 << 19;  // below this, waking a thread costs more than it brings
+constexpr int64_t kWeightsPerThread = 1 << 19, kWeightsPerAwakeThread = 1 << 15;  // below this, waking a thread costs more than it brings
 
 // Inputs of one segment: whole tiles of the weights, and where they begin in the activations.
 struct Piece { int64_t first_tile, tiles, offset; };
@@ -146,7 +148,8 @@ SplitGroup split_group(const septet_split_scales& scales, const Matrix& w, int64
 }  // namespace
 
 int worthwhile_threads(int threads, int64_t weights, int64_t tokens) {
-    return static_cast<int>(std::min<int64_t>(threads, 1 + weights / kWeightsPerThread * std::max<int64_t>(tokens, 1)));
+    const int64_t worthwhile = AwakeThreads::exist() ? kWeightsPerAwakeThread : kWeightsPerThread;
+    return static_cast<int>(std::min<int64_t>(threads, 1 + weights / worthwhile * std::max<int64_t>(tokens, 1)));
 }
 
 void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
@@ -224,6 +227,22 @@ void float_row_product(const KernelTable& kernels, const septet_rows& w, FloatRo
                 kernels.float_row_product(w.weight + row * w.features, rows, w.features, {x.data + first * x.stride, x.stride, tokens}, sums);
                 for (int64_t m = 0; m < tokens; m++)
                     for (int64_t r = 0; r < rows; r++) y[(first + m) * w.rows + row + r] = w.scale[row + r] * sums[m * rows + r];
+            }
+    });
+}
+
+void dense_product(const KernelTable& kernels, const septet_layer& layer, FloatRows x, float* y, int threads) {
+    const int type = layer.code == SEPTET_FLOAT32 ? kFloat32 : layer.code == SEPTET_FLOAT16 ? kFloat16 : kBfloat16;
+    const char* weight = static_cast<const char*>(layer.weight);
+    const int64_t outputs = layer.out_features, row_bytes = layer.in_features * float_bytes(type);
+    threads = worthwhile_threads(threads, outputs * layer.in_features, x.count);
+    parallel_for(threads, ceil_divide(outputs, kRowBlock), [&](int64_t first_block, int64_t last_block) {
+        alignas(64) float sums[kTokenBlock * kRowBlock];
+        for (int64_t row = first_block * kRowBlock; row < std::min(last_block * kRowBlock, outputs); row += kRowBlock)
+            for (int64_t first = 0; first < x.count; first += kTokenBlock) {
+                const int64_t tokens = std::min(kTokenBlock, x.count - first), rows = std::min(kRowBlock, outputs - row);
+                kernels.model->dense_product(type, weight + row * row_bytes, rows, layer.in_features, {x.data + first * x.stride, x.stride, tokens}, sums);
+                for (int64_t m = 0; m < tokens; m++) std::copy_n(sums + m * rows, rows, y + (first + m) * outputs + row);
             }
     });
 }

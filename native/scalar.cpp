@@ -1,4 +1,5 @@
 // The plain kernels: short, portable, and what every other set must equal.
+#include "model_steps.h"
 #include "steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
@@ -94,6 +95,7 @@ const KernelTable kScalarKernels = {
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split,
     &viterbi_scalar,
+    &kModelSteps,
 };
 
 }  // namespace septet
