@@ -21,7 +21,10 @@ const char* none() { return ""; }
 
 #if defined(SEPTET_X86)
 // libgcc asks cpuid, and xgetbv whether the system saves the wide registers.
-const char* avx2_obstacle() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? "" : "this processor lacks AVX2, FMA or F16C"; }
+const char* avx2_obstacle() {
+    const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return supported ? "" : "this processor lacks AVX2, FMA or F16C";
+}
 
 const char* avx512_obstacle() {
     if (*avx2_obstacle()) return avx2_obstacle();

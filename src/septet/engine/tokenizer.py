@@ -35,7 +35,8 @@ class Tokenizer:
         path = Path(directory)
         tokenizers = _import("tokenizers")
         if not (path / _TOKENIZER).is_file():
-            raise UnsupportedModelError(f"for the native engine, a model must have {_TOKENIZER}", "none", "run this model through transformers")
+            hint = "run this model through transformers"
+            raise UnsupportedModelError(f"for the native engine, a model must have {_TOKENIZER}", "none", hint)
         with _Refusals(path / _TOKENIZER):
             self._tokenizer = tokenizers.Tokenizer.from_str((path / _TOKENIZER).read_text("utf-8"))
         self._tokenizer.no_padding()
@@ -136,7 +137,8 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnsupportedModelError(f"the native engine needs the library {name}", "an import error", "pip install septet[engine]") from error
+        hint = "pip install septet[engine]"
+        raise UnsupportedModelError(f"the native engine needs the library {name}", "an import error", hint) from error
 
 
 def _content(token: object) -> str | None:

@@ -119,7 +119,8 @@ class _Source:
     def check_all_read(self) -> None:
         """A tensor nobody asked for would silently change what the model says."""
         for key in sorted(self.directory.owners.keys() - self.read):
-            raise UnsupportedModelError("for the native engine, every tensor must have its place", key, "run this model through transformers")
+            hint = "run this model through transformers"
+            raise UnsupportedModelError("for the native engine, every tensor must have its place", key, hint)
 
     def _dense(self, key: str) -> _native.Layer:
         dtype, raw, shape = self._floats(key)
@@ -132,7 +133,8 @@ class _Source:
             raise CheckpointError(f"the checkpoint must hold {key}", "no such tensor", "fetch the checkpoint again")
         stored = self.directory.entry(key)
         if stored.dtype not in _DENSE:
-            raise UnsupportedModelError(f"for the native engine, {key} must be float32, float16 or bfloat16", stored.dtype, "use transformers")
+            hint = "run this model through transformers"
+            raise UnsupportedModelError(f"for the native engine, {key} must be float32, float16 or bfloat16", stored.dtype, hint)
         return stored.dtype, self._bytes(key), stored.shape
 
     def _bytes(self, key: str) -> np.ndarray:
