@@ -60,6 +60,10 @@ SEPTET_API int septet_set_instruction_set(const char* name);
 /* SEPTET_THREADS, else OMP_NUM_THREADS (its first number), else the processors this process may use. */
 SEPTET_API int septet_default_threads(int* threads);
 
+/* The sum of `bytes` bytes as 64-bit numbers (what is left over counts as single bytes), modulo 2^64: how fast memory can be
+ * read, for comparison. data needs the alignment of uint64_t. */
+SEPTET_API int septet_read_sum(const uint8_t* data, int64_t bytes, uint64_t* sum, int threads);
+
 /* --- packed weights -------------------------------------------------------------------------------------------------- */
 
 /* Symbols uint8 [tiles, 128] <-> packed uint8 [tiles, 16*b]. pack: RANGE when a symbol has more than b bits. */

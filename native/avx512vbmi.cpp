@@ -158,7 +158,7 @@ const KernelTable kAvx512VbmiKernels = {
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
-    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx512,
     &kModelSteps,
 };

@@ -58,6 +58,8 @@ struct KernelTable {
     // One group of the split product at 64 outputs; sums: [2][64] over even and odd inputs, x_sums: XE and XO.
     void (*add_split)(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y);
 
+    uint64_t (*read_sum)(const uint64_t* data, int64_t count);
+
     const ViterbiKernel* viterbi;
     const ModelSteps* model;
 };

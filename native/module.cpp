@@ -119,6 +119,14 @@ nb::object trellis_product_float(const AnyArray& packed, int bits, const AnyArra
     return out.array;
 }
 
+uint64_t read_sum(const AnyArray& data, int threads) {
+    const uint8_t* bytes = view<uint8_t>(data, "data", {kAny});
+    if (reinterpret_cast<uintptr_t>(bytes) % sizeof(uint64_t) != 0) raise("ShapeError", "data must lie at a multiple of 8 bytes", "another place", "copy it");
+    uint64_t sum = 0;
+    run([&] { return septet_read_sum(bytes, size_of(data, 0), &sum, threads); }, describe(data));
+    return sum;
+}
+
 // Scales as the C functions want them; `group` is cut to the padded inputs, so that one group may be written as any larger number.
 struct SplitArguments {
     septet_tiles tiles;
@@ -227,6 +235,7 @@ NB_MODULE(_native, m) {
     m.def("split_fields", split_fields, array("packed"), threads);
     m.def("hadamard", hadamard, array("x"), nb::arg("block"));
     m.def("quantize_activations", quantize_activations, array("x"), nb::arg("segment"));
+    m.def("read_sum", read_sum, array("data"), threads);
     m.def("trellis_accumulate", trellis_accumulate, array("packed"), nb::arg("bits"), array("xq"), threads);
     m.def("trellis_product", trellis_product, array("packed"), nb::arg("bits"), array("xq"), array("xscale"), nb::arg("segment"), threads);
     m.def("trellis_product_float", trellis_product_float, array("packed"), nb::arg("bits"), array("x"), threads);

@@ -1,5 +1,6 @@
 // The C functions about activations, products and whole layers; the layers themselves are in layers.cpp.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "layers.h"
@@ -51,6 +52,23 @@ void run_layer(const KernelTable& kernels, const Layer& layer, const float* x, i
 using namespace septet;
 
 extern "C" {
+
+int septet_read_sum(const uint8_t* data, int64_t bytes, uint64_t* sum, int threads) {
+    if (bytes < 0) return SEPTET_ERROR_SIZE;
+    if (sum == nullptr || (bytes > 0 && data == nullptr)) return SEPTET_ERROR_NULL;
+    return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
+        constexpr int64_t block = 1 << 16;  // numbers
+        const int64_t count = bytes / 8;
+        const uint64_t* numbers = reinterpret_cast<const uint64_t*>(data);
+        std::atomic<uint64_t> total{0};
+        for (int64_t i = count * 8; i < bytes; i++) total += data[i];
+        parallel_for(workers, ceil_divide(count, block), [&](int64_t first, int64_t last) {
+            total += kernels.read_sum(numbers + first * block, std::min(last * block, count) - first * block);
+        });
+        *sum = total;
+        return SEPTET_OK;
+    });
+}
 
 int septet_hadamard(const float* x, int64_t tokens, int64_t features, int64_t block, float* y) {
     if (!fits(tokens, features)) return SEPTET_ERROR_SIZE;
