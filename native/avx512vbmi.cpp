@@ -124,6 +124,30 @@ template <class Decoder>
     });
 }
 
+// Short segments would spend their time on storing sums and fetching them again, so everything stays in registers from the first to the last.
+template <class Decoder>
+[[gnu::flatten]] void segment_product(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    const Decoder decoder;
+    __m512 total[kSteps];
+    repeat<kSteps>([&](auto step) { total[step] = _mm512_setzero_ps(); });
+    const int8_t* input = x.data;
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t last = first + x.segment_tiles < tiles ? first + x.segment_tiles : tiles;
+        const __m512i bias = _mm512_set1_epi32(-kBias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        __m512i sum[kSteps];
+        repeat<kSteps>([&](auto step) { sum[step] = bias; });
+        for (int64_t t = first; t < last; t++, packed += tile_bytes(Decoder::bits), input += kTileInputs) {
+            prefetch_tile(packed);
+            const Tile<Decoder::bits> tile(packed);
+            const __m512i four = broadcast_four(input);
+            repeat<kSteps>([&](auto step) { sum[step] = _mm512_dpbusd_epi32(sum[step], decoder.decode(tile, step), four); });
+        }
+        const __m512 scale = _mm512_set1_ps(x.scales[segment]);
+        repeat<kSteps>([&](auto step) { total[step] = _mm512_add_ps(total[step], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[step]))); });
+    }
+    repeat<kSteps>([&](auto step) { _mm512_storeu_ps(y + 16 * step, total[step]); });
+}
+
 [[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
@@ -157,6 +181,7 @@ const KernelTable kAvx512VbmiKernels = {
     "avx512vbmi", kBias, kFusedRows,
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
+    {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>},
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx512,

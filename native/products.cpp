@@ -155,6 +155,13 @@ int worthwhile_threads(int threads, int64_t weights, int64_t tokens) {
 void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
     const Segments segments(kernels, x.values, x.tokens, w.inputs(), x.segment, false);
     threads = worthwhile_threads(threads, w.inputs() * w.outputs(), x.tokens);
+    const SegmentProduct at_once = kernels.segment_product[w.decoding];
+    if (at_once != nullptr && x.tokens == 1 && x.segment % kTileInputs == 0) {
+        const SegmentedRow row{x.values, x.segment / kTileInputs, segments.sums(0, 0), x.scales};
+        return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; r++) at_once(w.tile(r, 0), w.columns, row, y + r * kTileOutputs);
+        });
+    }
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
     });

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -40,15 +41,18 @@ inline void pause() {
 #endif
 }
 
-// Looks for `done` a while; the processor goes to others when it takes longer. False when it gave up.
+// Looks for `done` a while, without a system call: giving the processor away would cost a whole time slice. False when it gave up.
 template <class Done>
 bool look_out(const Done& done) {
-    constexpr int looks = 300, yields = 100;
-    for (int i = 0; i < looks + yields; i++) {
-        if (done()) return true;
-        if (i < looks) pause();
-        else std::this_thread::yield();
-    }
+    constexpr auto limit = std::chrono::microseconds(100);
+    constexpr int looks = 64;
+    const auto begin = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < looks; i++) {
+            if (done()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - begin < limit);
     return done();
 }
 

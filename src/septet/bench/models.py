@@ -122,6 +122,6 @@ class _Worker:
         if line:
             return json.loads(line)
         _, errors = self._process.communicate()
-        last = (errors.strip().splitlines() or ["no message"])[-1]
+        last = (errors.strip().splitlines() or [f"an end with exit code {self._process.returncode} and no message"])[-1]
         requirement = f"{self.contender.engine} must be able to run {self.contender.model}"
         raise UnsupportedModelError(requirement, last.removeprefix(f"{SeptetError.__module__}."), "choose another engine or model")
