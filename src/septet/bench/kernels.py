@@ -115,7 +115,8 @@ def _measure(case: KernelCase, matrix: LayerWeights, rounds: int) -> list[dict]:
         weights = [case.k * case.n / 1e9 / value for value in taken]
         rows.append({
             "name": name, "code": case.code, "k": case.k, "n": case.n, "tokens": case.tokens, "threads": case.threads,
-            "gweight_per_s": median(weights), "gb_per_s": memory.nbytes / 1e9 / median(taken), "bandwidth_gb_per_s": median(reading),
+            "gweight_per_s": median(weights), "gb_per_s": median(weights) * memory.nbytes / (case.k * case.n),
+            "bandwidth_gb_per_s": median(reading),
             "bandwidth_fraction": median([memory.nbytes / 1e9 / one / other for one, other in zip(taken, reading)]),
             "spread": spread(weights), "rounds": rounds,
         })  # fmt: skip
