@@ -166,6 +166,31 @@ template <class Decoder>
     });
 }
 
+[[gnu::flatten]] void add_decoded(const uint8_t* decoded, int64_t tiles, const SegmentedRows& rows_of, float* y) {
+    const Rows& x = rows_of.x;
+    in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value;
+        const int8_t* input = x.data + first * x.stride;
+        __m512i sum[rows][4], level[4];
+        repeat<rows, 4>([&](auto r, auto q) {
+            const int32_t* of_x = rows_of.sums + (first + r) * 2 * rows_of.step;
+            sum[r][q] = _mm512_set1_epi32(-kBias * (of_x[0] + of_x[1]));
+        });
+        for (int64_t t = 0; t < tiles; t++) {
+            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
+            repeat<rows>([&](auto r) {
+                const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
+                repeat<4>([&](auto q) { sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four); });
+            });
+        }
+        repeat<rows, 4>([&](auto r, auto q) {
+            float* at = y + (first + r) * kTileOutputs + 16 * q;
+            const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(rows_of.scales[(first + r) * rows_of.step]), _mm512_cvtepi32_ps(sum[r][q]));
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), scaled));
+        });
+    });
+}
+
 // Weight + 128 is the unsigned operand.
 struct BiasedDot {
     static constexpr int inputs = 64;
@@ -182,6 +207,7 @@ const KernelTable kAvx512VbmiKernels = {
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
     {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>},
+    add_decoded,
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx512,

@@ -34,6 +34,12 @@ using PackedProduct = void (*)(const uint8_t* packed, int64_t tiles, Rows x, int
 // y[64] = from 0, per segment in order: y + scale * float32(decoded tiles @ x), the level_bias taken off.
 using SegmentProduct = void (*)(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y);
 
+// Decoded tiles of one segment and some tokens: sums and scales lie `step` segments apart from token to token.
+struct SegmentedRows { Rows x; const int32_t* sums; const float* scales; int64_t step; };
+
+// y [x.count][64] = y + scale * float32(decoded @ x, the level_bias taken off), for one segment.
+using AddSegment = void (*)(const uint8_t* decoded, int64_t tiles, const SegmentedRows& x, float* y);
+
 struct KernelTable {
     const char* name;
     int level_bias;        // 0: decoded levels are int8; 128: they are uint8, level + 128
@@ -42,6 +48,7 @@ struct KernelTable {
     DecodeTiles decode[kDecodings];
     PackedProduct packed_product[kDecodings];
     SegmentProduct segment_product[kDecodings];  // nullptr: there is none
+    AddSegment add_decoded;                      // of trellis levels; nullptr: there is none
     // sums [x.count][64] += decoded @ x, any number of rows.
     void (*decoded_product)(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums);
     // sums [x.count][rows] = weight [rows][features] @ x.

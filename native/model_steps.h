@@ -29,21 +29,26 @@ void add(const float* x, int64_t count, float* y) {
     for (int64_t i = 0; i < count; i++) y[i] += x[i];
 }
 
+inline void gate_lanes(const Floats& gates, const Floats& up, Floats& y) {
+    Floats e = -gates;
+    exponential(e);
+    y = gates / (e + 1.0f) * up;
+}
+
 void gate(const float* gates, const float* up, int64_t count, float* y) {
-    alignas(64) float values[3][kLanes];
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const size_t bytes = static_cast<size_t>(count - i < kLanes ? count - i : kLanes) * sizeof(float);
-        std::memcpy(values[0], gates + i, bytes);
-        std::memcpy(values[1], up + i, bytes);
-        Floats g, u;
-        load(g, values[0]);
-        load(u, values[1]);
-        Floats e = -g;
-        exponential(e);
-        const Floats result = g / (e + 1.0f) * u;
-        store(result, values[2]);
-        std::memcpy(y + i, values[2], bytes);
+    Floats g, u, result;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        load(g, gates + i);
+        load(u, up + i);
+        gate_lanes(g, u, result);
+        store(result, y + i);
     }
+    if (i == count) return;
+    load_some<kFloat32>(g, gates, i, count - i);
+    load_some<kFloat32>(u, up, i, count - i);
+    gate_lanes(g, u, result);
+    std::memcpy(y + i, &result, static_cast<size_t>(count - i) * sizeof(float));
 }
 
 void turn(const float* cosines, const float* sines, int64_t half, float* x) {

@@ -152,6 +152,36 @@ int worthwhile_threads(int threads, int64_t weights, int64_t tokens) {
     return static_cast<int>(std::min<int64_t>(threads, 1 + weights / worthwhile * std::max<int64_t>(tokens, 1)));
 }
 
+namespace {
+
+// Segments of whole tiles, short enough to lie in a chunk: decoded once for a block of tokens, and no sum goes through memory.
+void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet_activations& x, const Segments& segments, float* y, int threads) {
+    const int64_t segment = x.segment / kTileInputs, at_once = kChunkTiles / segment * segment, count = segments.count();
+    parallel_for(threads, w.rows, [&](int64_t first_row, int64_t last_row) {
+        alignas(64) uint8_t decoded[kChunkTiles * kTileWeights];
+        alignas(64) float results[kTokenBlock * kTileOutputs];  // rows of y are so far apart that they would push each other out of the cache
+        for (int64_t row = first_row; row < last_row; row++)
+            for (int64_t first = 0; first < x.tokens; first += kTokenBlock) {
+                const int64_t tokens = std::min(kTokenBlock, x.tokens - first);
+                std::fill_n(results, tokens * kTileOutputs, 0.0f);
+                for (int64_t t = 0; t < w.columns; t += at_once) {
+                    const int64_t tiles = std::min(at_once, w.columns - t);
+                    kernels.decode[w.decoding](w.tile(row, t), tiles, decoded);
+                    for (int64_t in_chunk = 0; in_chunk < tiles; in_chunk += segment) {
+                        const int64_t s = (t + in_chunk) / segment;
+                        const Rows rows{x.values + first * w.inputs() + s * x.segment, w.inputs(), tokens};
+                        const SegmentedRows segmented{rows, segments.sums(first, s), x.scales + first * count + s, count};
+                        kernels.add_decoded(decoded + in_chunk * kTileWeights, std::min(segment, tiles - in_chunk), segmented, results);
+                    }
+                }
+                for (int64_t m = 0; m < tokens; m++)
+                    std::copy_n(results + m * kTileOutputs, kTileOutputs, y + (first + m) * w.outputs() + row * kTileOutputs);
+            }
+    });
+}
+
+}  // namespace
+
 void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
     const Segments segments(kernels, x.values, x.tokens, w.inputs(), x.segment, false);
     threads = worthwhile_threads(threads, w.inputs() * w.outputs(), x.tokens);
@@ -162,6 +192,8 @@ void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_a
             for (int64_t r = first; r < last; r++) at_once(w.tile(r, 0), w.columns, row, y + r * kTileOutputs);
         });
     }
+    if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
+        return multiply_segments(kernels, w, x, segments, y, threads);
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
     });

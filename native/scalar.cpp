@@ -93,6 +93,7 @@ const KernelTable kScalarKernels = {
     {decode_split, decode_trellis<6>, decode_trellis<7>, decode_trellis<8>},
     {nullptr, nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr},
+    nullptr,
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_scalar,
