@@ -37,7 +37,10 @@ enum septet_error {
     SEPTET_ERROR_THREADS = 8,         /* a number of threads is negative, or SEPTET_THREADS is not a positive number */
     SEPTET_ERROR_CPU_UNKNOWN = 9,     /* no instruction set has this name (argument, or SEPTET_CPU) */
     SEPTET_ERROR_CPU_UNSUPPORTED = 10, /* this machine or this build lacks the instruction set */
-    SEPTET_ERROR_MEMORY = 11          /* no memory for intermediate results */
+    SEPTET_ERROR_MEMORY = 11,         /* no memory for intermediate results */
+    SEPTET_ERROR_INCOMPLETE = 12,     /* an engine lacks a weight or a vector */
+    SEPTET_ERROR_TOKEN = 13,          /* a token is not in the vocabulary */
+    SEPTET_ERROR_CONTEXT = 14         /* the text does not fit the context */
 };
 
 /* One clause in English, a static string; never NULL. */
@@ -56,6 +59,10 @@ SEPTET_API int septet_instruction_set(const char** name);
 SEPTET_API int septet_set_instruction_set(const char* name);
 /* SEPTET_THREADS, else OMP_NUM_THREADS (its first number), else the processors this process may use. */
 SEPTET_API int septet_default_threads(int* threads);
+
+/* The sum of `bytes` bytes as 64-bit numbers (what is left over counts as single bytes), modulo 2^64: how fast memory can be
+ * read, for comparison. data needs the alignment of uint64_t. */
+SEPTET_API int septet_read_sum(const uint8_t* data, int64_t bytes, uint64_t* sum, int threads);
 
 /* --- packed weights -------------------------------------------------------------------------------------------------- */
 
@@ -145,7 +152,10 @@ SEPTET_API int septet_int8_product_float(const septet_rows* weight, const float*
 
 /* --- a whole layer --------------------------------------------------------------------------------------------------- */
 
-enum septet_code { SEPTET_SPLIT = 0, SEPTET_TRELLIS = 1, SEPTET_INT8 = 2 };
+enum septet_code {
+    SEPTET_SPLIT = 0, SEPTET_TRELLIS = 1, SEPTET_INT8 = 2,
+    SEPTET_FLOAT32 = 3, SEPTET_FLOAT16 = 4, SEPTET_BFLOAT16 = 5  /* dense [N, K], in engines only */
+};
 enum septet_activation_kind { SEPTET_ACTIVATIONS_INT8 = 0, SEPTET_ACTIVATIONS_FLOAT = 1 };
 
 typedef struct septet_layer {
@@ -166,6 +176,62 @@ typedef struct septet_layer {
 /* y: float32 [tokens, N] from x: float32 [tokens, K]. x' = H(input_scale * x), quantized unless `activations` is float; the
  * product of the code; trellis: scale * H(product). tokens may be 0. x and y must not overlap. */
 SEPTET_API int septet_linear(const septet_layer* layer, const float* x, int64_t tokens, int activations, float* y, int threads);
+
+/* --- a whole model --------------------------------------------------------------------------------------------------- */
+
+/* A decoder of the Llama family: per layer x = x + O(attention(norm(x))), x = x + down(silu(gate(norm(x))) * up(norm(x))), with
+ * rotary positions (halves of a head paired), grouped-query attention over a cache, and biases and head norms where they are set.
+ * Create it, set every weight and vector, then run. An engine copies what it is given, serves one caller at a time (others
+ * wait) and has one text in its cache. Logits do not depend on `threads` nor on how a text is cut into calls; with int8
+ * activations not on the instruction set either. */
+typedef struct septet_engine septet_engine;
+
+typedef struct septet_model_shape {
+    int64_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary;
+    int64_t context;   /* most tokens of a text, at most 2^24; memory is taken as it fills */
+    float epsilon;     /* of the norms, above 0 */
+    int activations;   /* enum septet_activation_kind */
+    int cache;         /* SEPTET_FLOAT32 or SEPTET_FLOAT16: how keys and values are kept */
+} septet_model_shape;
+
+/* SIZE: a size is below 1 or too large, head_dim odd or above 256, heads no multiple of kv_heads, epsilon not positive. */
+SEPTET_API int septet_engine_create(const septet_model_shape* shape, septet_engine** engine);
+SEPTET_API void septet_engine_free(septet_engine* engine);  /* NULL does nothing */
+
+enum septet_weight_slot {
+    SEPTET_SLOT_EMBEDDING = 0,  /* one layer, hidden -> vocabulary, int8 or dense; rows are looked up */
+    SEPTET_SLOT_HEAD = 1,       /* one, hidden -> vocabulary; without it the embedding is the head */
+    SEPTET_SLOT_QKV = 2,        /* three: query, key, value */
+    SEPTET_SLOT_OUT = 3,        /* one: what follows attention */
+    SEPTET_SLOT_GATE_UP = 4,    /* two */
+    SEPTET_SLOT_DOWN = 5        /* one */
+};
+/* Copies the layers of a slot; `layer` counts from 0 and is ignored by the first two slots. Layers that share their inputs
+ * (code, bits, input_scale bit for bit, input_block, segment) become one product. Errors as septet_linear; SIZE: the slot has
+ * another number of layers or other sizes; CODE: the embedding cannot be looked up. */
+SEPTET_API int septet_engine_set_weights(septet_engine* engine, int slot, int64_t layer, const septet_layer* const* layers, int count);
+
+enum septet_vector_slot {
+    SEPTET_SLOT_FREQUENCIES = 0,  /* [head_dim / 2]: angle per position of each pair */
+    SEPTET_SLOT_FINAL_NORM = 1,   /* [hidden] */
+    SEPTET_SLOT_ATTENTION_NORM = 2, SEPTET_SLOT_MLP_NORM = 3,  /* [hidden] */
+    SEPTET_SLOT_Q_NORM = 4, SEPTET_SLOT_K_NORM = 5,            /* [head_dim], optional: per head, before the rotation */
+    SEPTET_SLOT_Q_BIAS = 6, SEPTET_SLOT_K_BIAS = 7, SEPTET_SLOT_V_BIAS = 8, SEPTET_SLOT_OUT_BIAS = 9, /* optional */
+    SEPTET_SLOT_GATE_BIAS = 10, SEPTET_SLOT_UP_BIAS = 11, SEPTET_SLOT_DOWN_BIAS = 12                  /* optional */
+};
+/* SIZE when the slot or layer does not exist or `count` is not the size of the slot. */
+SEPTET_API int septet_engine_set_vector(septet_engine* engine, int slot, int64_t layer, const float* values, int64_t count);
+/* This layer sees the last `window` positions only, itself included; 0: all. */
+SEPTET_API int septet_engine_set_window(septet_engine* engine, int64_t layer, int64_t window);
+
+/* Append `count` tokens to the text and write the logits that follow the last `wanted` of them: float32 [wanted, vocabulary],
+ * 0 <= wanted <= count. After an error the text is as before. INCOMPLETE, TOKEN, CONTEXT, MEMORY; SIZE for a bad count. */
+SEPTET_API int septet_engine_run(septet_engine* engine, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads);
+/* Keep the first `length` tokens of the text; SIZE when it is shorter. 0 starts a new text. */
+SEPTET_API int septet_engine_truncate(septet_engine* engine, int64_t length);
+SEPTET_API int septet_engine_length(septet_engine* engine, int64_t* length);
+/* Bytes of weights and of the cache at its present size. */
+SEPTET_API int septet_engine_memory(septet_engine* engine, int64_t* weights, int64_t* cache);
 
 #ifdef __cplusplus
 }

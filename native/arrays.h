@@ -26,6 +26,7 @@ template <class T> const char* dtype_name() {
     if (std::is_same_v<T, float>) return "float32";
     if (std::is_same_v<T, uint8_t>) return "uint8";
     if (std::is_same_v<T, int8_t>) return "int8";
+    if (std::is_same_v<T, uint16_t>) return "uint16";
     return std::is_same_v<T, int16_t> ? "int16" : "int32";
 }
 
@@ -90,6 +91,9 @@ void run(const Call& call, const std::string& got) {
     if (error == SEPTET_ERROR_RANGE) raise("CodeRangeError", "every symbol or encoder input must be in range", got, "check the bits per pair");
     if (error == SEPTET_ERROR_BITS) raise("OptionError", "bits per pair must be 6, 7 or 8", got, "choose 3.0, 3.5 or 4.0 bits per weight");
     if (error == SEPTET_ERROR_CODE) raise("OptionError", "activations must be int8 or float", got, "choose one of the two");
+    if (error == SEPTET_ERROR_INCOMPLETE) raise("CheckpointError", "a model must have all its weights", "an engine that lacks some", "fetch the checkpoint again");
+    if (error == SEPTET_ERROR_TOKEN) raise("OptionError", "every token must be in the vocabulary", got, "use the tokenizer of this model");
+    if (error == SEPTET_ERROR_CONTEXT) raise("OptionError", "a text must fit the context", got, "shorten the text, or make an engine with a longer context");
     if (error == SEPTET_ERROR_THREADS) raise("OptionError", "a number of threads must be positive", got, "check threads and SEPTET_THREADS");
     if (error == SEPTET_ERROR_CPU_UNKNOWN || error == SEPTET_ERROR_CPU_UNSUPPORTED)
         raise("BackendUnavailableError", "SEPTET_CPU must name an instruction set that works here", what, "see septet info, or leave SEPTET_CPU unset");

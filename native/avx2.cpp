@@ -4,6 +4,7 @@
 // bytes and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are 4 vpshufb (see `magnitudes`), the sign is the seventh index bit.
 #include <immintrin.h>
 
+#include "model_steps.h"
 #include "steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
@@ -284,9 +285,12 @@ const KernelTable kAvx2Kernels = {
     "avx2", 0, 0,
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {nullptr, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr},
+    nullptr,
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
-    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx2,
+    &kModelSteps,
 };
 
 }  // namespace septet

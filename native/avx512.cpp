@@ -3,6 +3,7 @@
 // A step is 32 pairs, 16 outputs, one per 32-bit lane. Four outputs are `bits` bytes, so vpermd brings each 128-bit lane its dwords, vpshufb each 32-bit
 // lane its bytes, and a shift its two windows. The level table is 64 words in two registers: vpermi2w finds the word, a shift the byte.
 #include "avx512_steps.h"
+#include "model_steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
 
@@ -151,9 +152,12 @@ const KernelTable kAvx512Kernels = {
     "avx512", 0, 0,
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {nullptr, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr},
+    nullptr,
     decoded_product, row_product_with<WideDot>, widen, rescale, float_product, float_row_product,
-    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx2,
+    &kModelSteps,
 };
 
 }  // namespace septet

@@ -4,6 +4,7 @@
 // hash them, vpermi2b looks up both levels of each pair in a table of two registers (it ignores the eighth index bit), and vpdpbusd sums the four inputs
 // of an output. The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
 #include "avx512_steps.h"
+#include "model_steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
 
@@ -123,6 +124,30 @@ template <class Decoder>
     });
 }
 
+// Short segments would spend their time on storing sums and fetching them again, so everything stays in registers from the first to the last.
+template <class Decoder>
+[[gnu::flatten]] void segment_product(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    const Decoder decoder;
+    __m512 total[kSteps];
+    repeat<kSteps>([&](auto step) { total[step] = _mm512_setzero_ps(); });
+    const int8_t* input = x.data;
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t last = first + x.segment_tiles < tiles ? first + x.segment_tiles : tiles;
+        const __m512i bias = _mm512_set1_epi32(-kBias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        __m512i sum[kSteps];
+        repeat<kSteps>([&](auto step) { sum[step] = bias; });
+        for (int64_t t = first; t < last; t++, packed += tile_bytes(Decoder::bits), input += kTileInputs) {
+            prefetch_tile(packed);
+            const Tile<Decoder::bits> tile(packed);
+            const __m512i four = broadcast_four(input);
+            repeat<kSteps>([&](auto step) { sum[step] = _mm512_dpbusd_epi32(sum[step], decoder.decode(tile, step), four); });
+        }
+        const __m512 scale = _mm512_set1_ps(x.scales[segment]);
+        repeat<kSteps>([&](auto step) { total[step] = _mm512_add_ps(total[step], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[step]))); });
+    }
+    repeat<kSteps>([&](auto step) { _mm512_storeu_ps(y + 16 * step, total[step]); });
+}
+
 [[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
@@ -141,6 +166,31 @@ template <class Decoder>
     });
 }
 
+[[gnu::flatten]] void add_decoded(const uint8_t* decoded, int64_t tiles, const SegmentedRows& rows_of, float* y) {
+    const Rows& x = rows_of.x;
+    in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value;
+        const int8_t* input = x.data + first * x.stride;
+        __m512i sum[rows][4], level[4];
+        repeat<rows, 4>([&](auto r, auto q) {
+            const int32_t* of_x = rows_of.sums + (first + r) * 2 * rows_of.step;
+            sum[r][q] = _mm512_set1_epi32(-kBias * (of_x[0] + of_x[1]));
+        });
+        for (int64_t t = 0; t < tiles; t++) {
+            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
+            repeat<rows>([&](auto r) {
+                const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
+                repeat<4>([&](auto q) { sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four); });
+            });
+        }
+        repeat<rows, 4>([&](auto r, auto q) {
+            float* at = y + (first + r) * kTileOutputs + 16 * q;
+            const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(rows_of.scales[(first + r) * rows_of.step]), _mm512_cvtepi32_ps(sum[r][q]));
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), scaled));
+        });
+    });
+}
+
 // Weight + 128 is the unsigned operand.
 struct BiasedDot {
     static constexpr int inputs = 64;
@@ -156,9 +206,12 @@ const KernelTable kAvx512VbmiKernels = {
     "avx512vbmi", kBias, kFusedRows,
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
     {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
+    {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>},
+    add_decoded,
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
-    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx512,
+    &kModelSteps,
 };
 
 }  // namespace septet

@@ -21,7 +21,10 @@ const char* none() { return ""; }
 
 #if defined(SEPTET_X86)
 // libgcc asks cpuid, and xgetbv whether the system saves the wide registers.
-const char* avx2_obstacle() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor lacks AVX2 or FMA"; }
+const char* avx2_obstacle() {
+    const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return supported ? "" : "this processor lacks AVX2, FMA or F16C";
+}
 
 const char* avx512_obstacle() {
     if (*avx2_obstacle()) return avx2_obstacle();
@@ -125,6 +128,9 @@ const char* septet_error_message(int error) {
         "no instruction set has this name",
         "this machine lacks the instruction set",
         "out of memory",
+        "a model lacks a weight or a vector",
+        "a token is not in the vocabulary",
+        "the text does not fit the context",
     };
     const int count = sizeof messages / sizeof messages[0];
     return error >= 0 && error < count ? messages[error] : "unknown error number";

@@ -8,6 +8,7 @@
 
 namespace septet {
 
+struct ModelSteps;
 struct ViterbiKernel;
 
 constexpr int kTileOutputs = 64, kTileInputs = 4, kTilePairs = 128, kTileWeights = 256;
@@ -23,9 +24,21 @@ struct FloatRows { const float* data; int64_t stride; int64_t count; };
 // One group of the split code at 64 outputs; offset[0] == nullptr: symmetric. Index 0 is even inputs, 1 odd ones.
 struct SplitGroup { const float* scale[2]; const float* offset[2]; };
 
+// Activations of one token in segments of whole tiles (the last may be shorter): their sums over even and odd inputs, and their scales.
+struct SegmentedRow { const int8_t* data; int64_t segment_tiles; const int32_t* sums; const float* scales; };
+
 using DecodeTiles = void (*)(const uint8_t* packed, int64_t tiles, uint8_t* decoded);
 // sums [x.count][64] += decoded tiles @ x.
 using PackedProduct = void (*)(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums);
+
+// y[64] = from 0, per segment in order: y + scale * float32(decoded tiles @ x), the level_bias taken off.
+using SegmentProduct = void (*)(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y);
+
+// Decoded tiles of one segment and some tokens: sums and scales lie `step` segments apart from token to token.
+struct SegmentedRows { Rows x; const int32_t* sums; const float* scales; int64_t step; };
+
+// y [x.count][64] = y + scale * float32(decoded @ x, the level_bias taken off), for one segment.
+using AddSegment = void (*)(const uint8_t* decoded, int64_t tiles, const SegmentedRows& x, float* y);
 
 struct KernelTable {
     const char* name;
@@ -34,6 +47,8 @@ struct KernelTable {
 
     DecodeTiles decode[kDecodings];
     PackedProduct packed_product[kDecodings];
+    SegmentProduct segment_product[kDecodings];  // nullptr: there is none
+    AddSegment add_decoded;                      // of trellis levels; nullptr: there is none
     // sums [x.count][64] += decoded @ x, any number of rows.
     void (*decoded_product)(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums);
     // sums [x.count][rows] = weight [rows][features] @ x.
@@ -57,7 +72,10 @@ struct KernelTable {
     // One group of the split product at 64 outputs; sums: [2][64] over even and odd inputs, x_sums: XE and XO.
     void (*add_split)(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y);
 
+    uint64_t (*read_sum)(const uint64_t* data, int64_t count);
+
     const ViterbiKernel* viterbi;
+    const ModelSteps* model;
 };
 
 extern const KernelTable kScalarKernels;

@@ -1,28 +1,12 @@
 // The Python module septet._native: checks shapes, releases the interpreter's lock, calls the C functions.
-#include "arrays.h"
-
-#include <nanobind/stl/array.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
+#include "module_layer.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 
 namespace septet {
 namespace {
-
-using Optional = std::optional<AnyArray>;
-
-size_t ceil_of(int64_t a, int64_t b) { return static_cast<size_t>((a + b - 1) / b); }
-
-std::string bits_text(int bits) { return std::to_string(bits) + " bits per pair"; }
-
-int64_t bytes_of_tile(int bits) {
-    if (bits < 6 || bits > 8) raise("OptionError", "bits per pair must be 6, 7 or 8", std::to_string(bits), "choose 3.0, 3.5 or 4.0 bits per weight");
-    return 16 * bits;
-}
 
 septet_tiles tiles_of(const AnyArray& packed, int bits) {
     const int64_t bytes = bytes_of_tile(bits);
@@ -135,6 +119,14 @@ nb::object trellis_product_float(const AnyArray& packed, int bits, const AnyArra
     return out.array;
 }
 
+uint64_t read_sum(const AnyArray& data, int threads) {
+    const uint8_t* bytes = view<uint8_t>(data, "data", {kAny});
+    if (reinterpret_cast<uintptr_t>(bytes) % sizeof(uint64_t) != 0) raise("ShapeError", "data must lie at a multiple of 8 bytes", "another place", "copy it");
+    uint64_t sum = 0;
+    run([&] { return septet_read_sum(bytes, size_of(data, 0), &sum, threads); }, describe(data));
+    return sum;
+}
+
 // Scales as the C functions want them; `group` is cut to the padded inputs, so that one group may be written as any larger number.
 struct SplitArguments {
     septet_tiles tiles;
@@ -188,41 +180,6 @@ nb::object int8_product_float(const AnyArray& weight, const AnyArray& scale, con
     run([&] { return septet_int8_product_float(&rows, data, size_of(x, 0), out.data, threads); }, describe(weight));
     return out.array;
 }
-
-// A layer whose arrays were checked once; keeps them alive.
-class Layer {
-public:
-    // sizes: code, bits, in_features, out_features, input_block, output_block, group_size, segment, as in septet_layer.
-    Layer(AnyArray weight, AnyArray scale, Optional offset, Optional input_scale, const std::array<int64_t, 8>& sizes)
-        : arrays_{std::move(weight), std::move(scale)}, offset_(std::move(offset)), input_scale_(std::move(input_scale)) {
-        const auto [code, bits, k, n, input_block, output_block, group_size, segment] = sizes;
-        const int64_t rows = static_cast<int64_t>(ceil_of(n, 64)), columns = static_cast<int64_t>(ceil_of(k, 4));
-        layer_ = {static_cast<int>(code), static_cast<int>(bits), k, n, nullptr, nullptr, nullptr, nullptr, input_block, output_block, group_size, segment};
-        if (code == SEPTET_INT8) layer_.weight = view<int8_t>(arrays_[0], "weight", {n, k});
-        else layer_.weight = view<uint8_t>(arrays_[0], "packed weights", {rows, columns * bytes_of_tile(static_cast<int>(bits))});
-        if (code == SEPTET_SPLIT) {
-            const int64_t scale_rows = group_size == 0 ? 2 : 2 * static_cast<int64_t>(ceil_of(columns * 4, group_size));
-            layer_.scale = view<float>(arrays_[1], "transposed scales", {scale_rows, rows * 64});
-            if (offset_) layer_.offset = view<float>(*offset_, "transposed offsets", {scale_rows, rows * 64});
-        } else {
-            layer_.scale = view<float>(arrays_[1], "scale", {n});
-        }
-        if (input_scale_) layer_.input_scale = view<float>(*input_scale_, "input_scale", {k});
-    }
-
-    nb::object linear(const AnyArray& x, bool float_activations, int threads) const {
-        const float* data = view<float>(x, "inputs", {kAny, layer_.in_features});
-        Result<float> out({x.shape(0), static_cast<size_t>(layer_.out_features)});
-        const int kind = float_activations ? SEPTET_ACTIVATIONS_FLOAT : SEPTET_ACTIVATIONS_INT8;
-        run([&] { return septet_linear(&layer_, data, size_of(x, 0), kind, out.data, threads); }, describe(x));
-        return out.array;
-    }
-
-private:
-    AnyArray arrays_[2];
-    Optional offset_, input_scale_;
-    septet_layer layer_;
-};
 
 nb::dict instruction_sets() {
     nb::dict sets;
@@ -278,6 +235,7 @@ NB_MODULE(_native, m) {
     m.def("split_fields", split_fields, array("packed"), threads);
     m.def("hadamard", hadamard, array("x"), nb::arg("block"));
     m.def("quantize_activations", quantize_activations, array("x"), nb::arg("segment"));
+    m.def("read_sum", read_sum, array("data"), threads);
     m.def("trellis_accumulate", trellis_accumulate, array("packed"), nb::arg("bits"), array("xq"), threads);
     m.def("trellis_product", trellis_product, array("packed"), nb::arg("bits"), array("xq"), array("xscale"), nb::arg("segment"), threads);
     m.def("trellis_product_float", trellis_product_float, array("packed"), nb::arg("bits"), array("x"), threads);
@@ -290,5 +248,7 @@ NB_MODULE(_native, m) {
     nb::class_<Layer>(m, "Layer")
         .def(nb::init<AnyArray, AnyArray, Optional, Optional, const std::array<int64_t, 8>&>(), array("weight"), array("scale"), array("offset").none(),
              array("input_scale").none(), nb::arg("sizes"))
+        .def(nb::init<AnyArray, const std::string&>(), array("weight"), nb::arg("dtype"))
         .def("linear", &Layer::linear, array("x"), nb::arg("float_activations"), threads);
+    bind_engine(m);
 }

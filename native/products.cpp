@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "model_table.h"
+
 namespace septet {
 namespace {
 
@@ -14,7 +16,7 @@ constexpr int64_t kChunkTiles = 64;        // decoded at once: 16 KiB of int8
 constexpr int64_t kFloatChunkTiles = 32;   // 32 KiB of float32
 constexpr int64_t kTokenBlock = 128;       // tokens that share one decoding: 32 KiB of sums
 constexpr int64_t kRowBlock = 64;          // rows of an int8 matrix at once
-constexpr int64_t kWeightsPerThread = 1 << 19;  // below this, waking a thread costs more than it brings
+constexpr int64_t kWeightsPerThread = 1 << 19, kWeightsPerAwakeThread = 1 << 15;  // below this, waking a thread costs more than it brings
 
 // Inputs of one segment: whole tiles of the weights, and where they begin in the activations.
 struct Piece { int64_t first_tile, tiles, offset; };
@@ -146,12 +148,52 @@ SplitGroup split_group(const septet_split_scales& scales, const Matrix& w, int64
 }  // namespace
 
 int worthwhile_threads(int threads, int64_t weights, int64_t tokens) {
-    return static_cast<int>(std::min<int64_t>(threads, 1 + weights / kWeightsPerThread * std::max<int64_t>(tokens, 1)));
+    const int64_t worthwhile = AwakeThreads::exist() ? kWeightsPerAwakeThread : kWeightsPerThread;
+    return static_cast<int>(std::min<int64_t>(threads, 1 + weights / worthwhile * std::max<int64_t>(tokens, 1)));
 }
+
+namespace {
+
+// Segments of whole tiles, short enough to lie in a chunk: decoded once for a block of tokens, and no sum goes through memory.
+void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet_activations& x, const Segments& segments, float* y, int threads) {
+    const int64_t segment = x.segment / kTileInputs, at_once = kChunkTiles / segment * segment, count = segments.count();
+    parallel_for(threads, w.rows, [&](int64_t first_row, int64_t last_row) {
+        alignas(64) uint8_t decoded[kChunkTiles * kTileWeights];
+        alignas(64) float results[kTokenBlock * kTileOutputs];  // rows of y are so far apart that they would push each other out of the cache
+        for (int64_t row = first_row; row < last_row; row++)
+            for (int64_t first = 0; first < x.tokens; first += kTokenBlock) {
+                const int64_t tokens = std::min(kTokenBlock, x.tokens - first);
+                std::fill_n(results, tokens * kTileOutputs, 0.0f);
+                for (int64_t t = 0; t < w.columns; t += at_once) {
+                    const int64_t tiles = std::min(at_once, w.columns - t);
+                    kernels.decode[w.decoding](w.tile(row, t), tiles, decoded);
+                    for (int64_t in_chunk = 0; in_chunk < tiles; in_chunk += segment) {
+                        const int64_t s = (t + in_chunk) / segment;
+                        const Rows rows{x.values + first * w.inputs() + s * x.segment, w.inputs(), tokens};
+                        const SegmentedRows segmented{rows, segments.sums(first, s), x.scales + first * count + s, count};
+                        kernels.add_decoded(decoded + in_chunk * kTileWeights, std::min(segment, tiles - in_chunk), segmented, results);
+                    }
+                }
+                for (int64_t m = 0; m < tokens; m++)
+                    std::copy_n(results + m * kTileOutputs, kTileOutputs, y + (first + m) * w.outputs() + row * kTileOutputs);
+            }
+    });
+}
+
+}  // namespace
 
 void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
     const Segments segments(kernels, x.values, x.tokens, w.inputs(), x.segment, false);
     threads = worthwhile_threads(threads, w.inputs() * w.outputs(), x.tokens);
+    const SegmentProduct at_once = kernels.segment_product[w.decoding];
+    if (at_once != nullptr && x.tokens == 1 && x.segment % kTileInputs == 0) {
+        const SegmentedRow row{x.values, x.segment / kTileInputs, segments.sums(0, 0), x.scales};
+        return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; r++) at_once(w.tile(r, 0), w.columns, row, y + r * kTileOutputs);
+        });
+    }
+    if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
+        return multiply_segments(kernels, w, x, segments, y, threads);
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
     });
@@ -224,6 +266,22 @@ void float_row_product(const KernelTable& kernels, const septet_rows& w, FloatRo
                 kernels.float_row_product(w.weight + row * w.features, rows, w.features, {x.data + first * x.stride, x.stride, tokens}, sums);
                 for (int64_t m = 0; m < tokens; m++)
                     for (int64_t r = 0; r < rows; r++) y[(first + m) * w.rows + row + r] = w.scale[row + r] * sums[m * rows + r];
+            }
+    });
+}
+
+void dense_product(const KernelTable& kernels, const septet_layer& layer, FloatRows x, float* y, int threads) {
+    const int type = layer.code == SEPTET_FLOAT32 ? kFloat32 : layer.code == SEPTET_FLOAT16 ? kFloat16 : kBfloat16;
+    const char* weight = static_cast<const char*>(layer.weight);
+    const int64_t outputs = layer.out_features, row_bytes = layer.in_features * float_bytes(type);
+    threads = worthwhile_threads(threads, outputs * layer.in_features, x.count);
+    parallel_for(threads, ceil_divide(outputs, kRowBlock), [&](int64_t first_block, int64_t last_block) {
+        alignas(64) float sums[kTokenBlock * kRowBlock];
+        for (int64_t row = first_block * kRowBlock; row < std::min(last_block * kRowBlock, outputs); row += kRowBlock)
+            for (int64_t first = 0; first < x.count; first += kTokenBlock) {
+                const int64_t tokens = std::min(kTokenBlock, x.count - first), rows = std::min(kRowBlock, outputs - row);
+                kernels.model->dense_product(type, weight + row * row_bytes, rows, layer.in_features, {x.data + first * x.stride, x.stride, tokens}, sums);
+                for (int64_t m = 0; m < tokens; m++) std::copy_n(sums + m * rows, rows, y + (first + m) * outputs + row);
             }
     });
 }

@@ -30,6 +30,9 @@ void float_product(const KernelTable& kernels, const Matrix& w, const septet_spl
 void row_product(const KernelTable& kernels, const septet_rows& w, const septet_activations& x, float* y, int threads);
 void float_row_product(const KernelTable& kernels, const septet_rows& w, FloatRows x, float* y, int threads);
 
+// A dense weight of the engine, as stored: y [tokens][out_features].
+void dense_product(const KernelTable& kernels, const septet_layer& layer, FloatRows x, float* y, int threads);
+
 // As many threads as are worth waking for a product of this many weights and tokens.
 int worthwhile_threads(int threads, int64_t weights, int64_t tokens);
 

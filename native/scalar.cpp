@@ -1,4 +1,5 @@
 // The plain kernels: short, portable, and what every other set must equal.
+#include "model_steps.h"
 #include "steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
@@ -91,9 +92,12 @@ const KernelTable kScalarKernels = {
     "scalar", 0, 0,
     {decode_split, decode_trellis<6>, decode_trellis<7>, decode_trellis<8>},
     {nullptr, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr},
+    nullptr,
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
-    multiply, hadamard, quantize, pair_sums, add_segment, add_split,
+    multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_scalar,
+    &kModelSteps,
 };
 
 }  // namespace septet

@@ -140,6 +140,12 @@ void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGroup& gro
     }
 }
 
+uint64_t read_sum(const uint64_t* data, int64_t count) {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += data[i];
+    return sum;
+}
+
 void rescale(float* values, int64_t tiles, const SplitGroup& group) {
     for (int64_t input = 0; input < tiles * kTileInputs; input++, values += kTileOutputs) {
         const float* scale = group.scale[input & 1];

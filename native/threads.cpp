@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -31,51 +32,95 @@ struct Job {
     }
 };
 
+// How many AwakeThreads there are.
+std::atomic<int> awake{0};
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Looks for `done` a while, without a system call: giving the processor away would cost a whole time slice. False when it gave up.
+template <class Done>
+bool look_out(const Done& done) {
+    constexpr auto limit = std::chrono::microseconds(100);
+    constexpr int looks = 64;
+    const auto begin = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < looks; i++) {
+            if (done()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - begin < limit);
+    return done();
+}
+
+// A job is open from when it is published until its caller has run out of parts. Workers enter an open job, and the caller waits until all have left.
 class Pool {
 public:
     void run(int threads, Job& job) {
         std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
         if (!caller.owns_lock()) return job.work();
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            start_workers(threads - 1);
-            job_ = &job;
-            tickets_ = std::min(threads - 1, workers_);
+        start_workers(threads - 1);
+        job_ = &job;
+        helpers_ = threads - 1;
+        gate_.store(kOpen);
+        round_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            { const std::lock_guard<std::mutex> lock(mutex_); }
+            wake_.notify_all();
         }
-        wake_.notify_all();
         job.work();
+        gate_.fetch_and(~kOpen);
+        if (look_out([this] { return gate_.load() == 0; })) return;
         std::unique_lock<std::mutex> lock(mutex_);
-        tickets_ = 0;  // workers that have not woken up yet stay out of this job
-        done_.wait(lock, [this] { return active_ == 0; });
+        done_.wait(lock, [this] { return gate_.load() == 0; });
     }
 
 private:
+    static constexpr int64_t kOpen = 1, kWorker = 2;
+
     // Fewer workers than wanted when the system gives no more.
     void start_workers(int wanted) {
         try {
-            for (; workers_ < wanted; workers_++) std::thread([this] { serve(); }).detach();
+            for (; workers_ < wanted; workers_++) std::thread([this, index = workers_] { serve(index); }).detach();
         } catch (const std::system_error&) {
         }
     }
 
-    void serve() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        for (;;) {
-            wake_.wait(lock, [this] { return tickets_ > 0; });
-            tickets_--;
-            active_++;
-            Job* job = job_;
-            lock.unlock();
-            job->work();
-            lock.lock();
-            if (--active_ == 0) done_.notify_one();
+    void serve(int index) {
+        for (uint64_t seen = 0;;) {
+            const auto published = [&] { return round_.load() != seen; };
+            if (awake.load() == 0 || !look_out(published)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                sleepers_.fetch_add(1);
+                wake_.wait(lock, published);
+                sleepers_.fetch_sub(1);
+            }
+            seen = round_.load();
+            if (!enter()) continue;
+            if (index < helpers_) job_->work();
+            if (gate_.fetch_sub(kWorker) == kWorker) {
+                { const std::lock_guard<std::mutex> lock(mutex_); }
+                done_.notify_one();
+            }
         }
+    }
+
+    bool enter() {
+        for (int64_t gate = gate_.load(); gate & kOpen;)
+            if (gate_.compare_exchange_weak(gate, gate + kWorker)) return true;
+        return false;
     }
 
     std::mutex caller_, mutex_;
     std::condition_variable wake_, done_;
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int64_t> gate_{0};  // kOpen, plus kWorker for each worker inside
+    std::atomic<int> sleepers_{0};
     Job* job_ = nullptr;
-    int workers_ = 0, tickets_ = 0, active_ = 0;
+    int workers_ = 0, helpers_ = 0;
 };
 
 // Never destroyed: workers may be asleep in it when the process ends. A forked child has no workers, so it gets a pool of its own.
@@ -118,6 +163,16 @@ void run_ranges(int threads, int64_t count, RangeBody body, const void* context)
     Job job{body, context, count, std::min<int64_t>(count, static_cast<int64_t>(threads) * kPartsPerThread)};
     pool().run(threads, job);
 }
+
+AwakeThreads::AwakeThreads(int threads) : awake_(threads > 1) {
+    if (awake_) awake.fetch_add(1);
+}
+
+AwakeThreads::~AwakeThreads() {
+    if (awake_) awake.fetch_sub(1);
+}
+
+bool AwakeThreads::exist() { return awake.load(std::memory_order_relaxed) > 0; }
 
 int resolve_threads(int requested, int* threads) {
     if (requested < 0) return SEPTET_ERROR_THREADS;

@@ -15,6 +15,20 @@ int resolve_threads(int requested, int* threads);
 using RangeBody = void (*)(const void* context, int64_t first, int64_t last);
 void run_ranges(int threads, int64_t count, RangeBody body, const void* context);
 
+// While one exists, workers that have finished a job look out for the next for some microseconds before they sleep, and small jobs are worth sharing:
+// for code that calls parallel_for again and again. It does nothing for one thread.
+class AwakeThreads {
+public:
+    explicit AwakeThreads(int threads);
+    AwakeThreads(const AwakeThreads&) = delete;
+    AwakeThreads& operator=(const AwakeThreads&) = delete;
+    ~AwakeThreads();
+    static bool exist();
+
+private:
+    bool awake_;
+};
+
 // Calls body(first, last) for ranges that cover 0 .. count - 1. The body must not throw.
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {

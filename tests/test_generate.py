@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make te
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
 from septet import generate  # noqa: E402
+from septet.engine.tokenizer import Pieces  # noqa: E402
 from septet.generate import Sampling  # noqa: E402
 
 PROMPT = "Seven bits"
@@ -19,7 +20,7 @@ PROMPT = "Seven bits"
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model_dir: Path) -> tuple:
-    return generate.load(tiny_model_dir)
+    return generate.load(tiny_model_dir, engine="transformers")
 
 
 def test_greedy_is_what_transformers_writes(loaded: tuple) -> None:
@@ -40,7 +41,7 @@ def test_streamed_pieces_are_the_text(loaded: tuple) -> None:
 
 def test_characters_wait_for_all_their_bytes(loaded: tuple) -> None:
     _, tokenizer = loaded
-    pieces = generate._Pieces(tokenizer)
+    pieces = Pieces(tokenizer.decode)
     shown = [pieces.add(token) for token in tokenizer("a√b")["input_ids"]]
     assert shown == ["a", "", "", "√", "b"]
     assert pieces.add(tokenizer("√")["input_ids"][0]) == ""
@@ -55,21 +56,6 @@ def test_draws_leave_the_global_generator_alone(loaded: tuple) -> None:
     first = list(generate.generate_tokens(model, prompt, sampling))
     assert first == list(generate.generate_tokens(model, prompt, sampling))
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_draws_follow_the_options() -> None:
-    logits = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
-
-    def drawn(**options: float) -> set[int]:
-        generator = torch.Generator().manual_seed(0)
-        return {generate._draw(logits, Sampling(**options), generator) for _ in range(300)}
-
-    assert drawn(temperature=0.0) == {1}
-    assert drawn(temperature=1.0) == {0, 1, 2, 3}
-    assert drawn(temperature=1.0, top_k=2) == {1, 3}
-    assert drawn(temperature=1.0, top_p=0.5) == {1}
-    assert drawn(temperature=1.0, top_p=0.51) == {1, 3}
-    assert drawn(temperature=0.01) == {1}
 
 
 def test_generation_stops(loaded: tuple) -> None:

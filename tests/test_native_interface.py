@@ -155,8 +155,8 @@ def test_c_functions_refuse_what_they_cannot_do(rng: np.random.Generator) -> Non
     assert call("split_product_float", tiles, SplitScales(out.ctypes.data, None, 6), x, 1, 64, out, 1) == group
     assert call("split_product_float", tiles, SplitScales(out.ctypes.data, None, 8), x, 1, 65, out, 1) == size
     LIBRARY.septet_error_message.restype = ctypes.c_char_p
-    messages = [LIBRARY.septet_error_message(number) for number in range(13)]
-    assert len(set(messages)) == 13 and messages[12] == LIBRARY.septet_error_message(-1)
+    messages = [LIBRARY.septet_error_message(number) for number in range(16)]
+    assert len(set(messages)) == 16 and messages[15] == LIBRARY.septet_error_message(-1)
 
 
 def test_wrong_arguments_raise_septet_errors(rng: np.random.Generator) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from septet import model
-from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
-from septet.errors import CheckpointError, OptionError, SeptetError, UnsupportedModelError
+from septet.checkpoint.directory import ModelDirectory, open_directory
+from septet.checkpoint.source import is_gguf, is_septet, read_config
+from septet.errors import CheckpointError, OptionError, SeptetError
 
 if TYPE_CHECKING:
     import torch
@@ -39,44 +40,6 @@ ACTIVATIONS = ("int8", "float")
 # Copies of the weights in formats that are not read.
 HUB_LEAVE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*", "original/*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` names a GGUF file (by its ending; `read_config` and the loader check the content)."""
-    return path.suffix.lower() == ".gguf"
-
-
-def read_config(path: Path) -> dict:
-    """Read `config.json` of a model directory.
-
-    Args:
-        path: a model directory.
-
-    Returns:
-        The JSON object.
-
-    Raises:
-        CheckpointError: the path, the file or the JSON object is missing or damaged.
-        UnsupportedModelError: `path` is a file.
-    """
-    if path.is_file():
-        hint = "name the directory that holds config.json"
-        raise UnsupportedModelError("a model must be a Hugging Face directory or a .gguf file", f"the file {path}", hint)
-    if not path.is_dir():
-        raise CheckpointError("a model must be a local directory or .gguf file", f"{path}, which does not exist", "check the path")
-    return read_json(path / CONFIG_NAME)
-
-
-def is_septet(path: Path) -> bool:
-    """Whether `path` is a directory that septet quantized.
-
-    Raises:
-        CheckpointError: it has no readable config.json.
-        UnsupportedModelError: it is a file other than a .gguf.
-    """
-    if is_gguf(path):
-        return False
-    return (read_config(path).get("quantization_config") or {}).get("quant_method") == "septet"
 
 
 def load_model(path: Path, dtype: torch.dtype | str = "auto", activations: str | None = None) -> PreTrainedModel:

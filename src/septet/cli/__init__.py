@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from septet.cli import chat, demo, eval, info, inspect, quantize, run, verify  # noqa: F401  (each registers its command)
+from septet.cli import bench, chat, demo, eval, info, inspect, quantize, run, verify  # noqa: F401  (each registers its command)
 from septet.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -21,7 +21,7 @@ UsageError = typer.BadParameter.__bases__[0]
 # What typer itself turns into a message and an exit code.
 HANDLED_BY_TYPER = (*UsageError.__mro__[: UsageError.__mro__.index(Exception)], typer.Exit, typer.Abort, BrokenPipeError)
 DEBUG = "--debug"
-COMMANDS = ("demo", "quantize", "run", "chat", "eval", "inspect", "verify", "info")
+COMMANDS = ("demo", "quantize", "run", "chat", "eval", "inspect", "verify", "bench", "info")
 
 
 class _ErrorReport:

@@ -8,8 +8,21 @@ from typing import Annotated
 import typer
 
 from septet.cli.app import app
-from septet.cli.options import ActivationOption, ModelArgument, SeedOption, TemperatureOption, TokensOption, TopKOption, TopPOption
-from septet.cli.output import note, quiet_libraries
+from septet.cli.model import load
+from septet.cli.options import (
+    ActivationOption,
+    EngineChoice,
+    EngineOption,
+    MinPOption,
+    ModelArgument,
+    PenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+)
+from septet.cli.output import note
 
 __all__ = ["chat"]
 
@@ -24,14 +37,16 @@ def chat(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
     activations: ActivationOption = None,
+    engine: EngineOption = EngineChoice.auto,
 ) -> None:
     """Talk to a model: each line is a message, an empty line or end of file ends the conversation."""
     from septet import generate
 
-    quiet_libraries()
-    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    model, tokenizer = generate.load(directory, activations and activations.value)
+    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    model, tokenizer = load(directory, activations, engine)
     conversation = [{"role": "system", "content": system}] if system else []
     for line in [message] if message is not None else _lines():
         conversation.append({"role": "user", "content": line})

@@ -7,17 +7,22 @@ from typing import Annotated
 import typer
 
 from septet.cli.app import app
+from septet.cli.model import load
 from septet.cli.options import (
     ActivationOption,
+    EngineChoice,
+    EngineOption,
     JsonOption,
+    MinPOption,
     ModelArgument,
+    PenaltyOption,
     SeedOption,
     TemperatureOption,
     TokensOption,
     TopKOption,
     TopPOption,
 )
-from septet.cli.output import print_json, quiet_libraries
+from septet.cli.output import print_json
 
 __all__ = ["run"]
 
@@ -31,15 +36,17 @@ def run(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
     activations: ActivationOption = None,
+    engine: EngineOption = EngineChoice.auto,
     as_json: JsonOption = False,
 ) -> None:
     """Complete a prompt."""
     from septet import generate
 
-    quiet_libraries()
-    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    model, tokenizer = generate.load(directory, activations and activations.value)
+    sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    model, tokenizer = load(directory, activations, engine)
     if as_json:
         completion = generate.complete(model, tokenizer, prompt, sampling)
         print_json({

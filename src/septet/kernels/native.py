@@ -29,6 +29,7 @@ __all__ = [
     "pack",
     "prepare",
     "quantize_activations",
+    "read_sum",
     "set_instruction_set",
     "split_fields",
     "split_product",
@@ -59,6 +60,8 @@ trellis_encode = _native.trellis_encode
 split_fields = _native.split_fields
 hadamard = _native.hadamard
 quantize_activations = _native.quantize_activations
+#: Sum of uint8 [n] as 64-bit numbers: how fast this memory can be read.
+read_sum = _native.read_sum
 trellis_accumulate = _native.trellis_accumulate
 trellis_product = _native.trellis_product
 trellis_product_float = _native.trellis_product_float

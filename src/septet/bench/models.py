@@ -1,0 +1,127 @@
+"""Whole models against each other: each contender in a process of its own, which takes its turn and otherwise sleeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from septet.bench.rounds import median, spread
+from septet.errors import OptionError, SeptetError, UnsupportedModelError
+
+__all__ = ["ENGINES", "Contender", "measure_models"]
+
+ENGINES = ("native", "transformers", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and what runs it.
+
+    Args:
+        model: a directory, or a .gguf file for llama.cpp.
+        engine: one of ENGINES.
+        threads: how many may work.
+    """
+
+    model: Path
+    engine: str
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise OptionError(f"an engine must be one of {', '.join(ENGINES)}", self.engine, "choose one of them")
+        if self.threads < 1:
+            raise OptionError("threads must be at least 1", self.threads, "choose another")
+
+
+def measure_models(
+    contenders: Sequence[Contender],
+    prefill: int = 512,
+    decode: int = 128,
+    rounds: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Time prompts and single tokens.
+
+    Args:
+        contenders: take turns in every round.
+        prefill: tokens of a prompt.
+        decode: tokens one after the other, behind a prompt of 16.
+        rounds: at least 1.
+        progress: called with (turns taken, all turns).
+
+    Returns:
+        A row per contender: model, engine, type, threads, prefill_tok_per_s, decode_tok_per_s, peak_rss_mb, prefill_spread and
+        decode_spread (range over median), rounds.
+
+    Raises:
+        OptionError: a number is below 1.
+        UnsupportedModelError: a contender cannot run its model; the message is its own.
+    """
+    for name, value in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1", value, "choose another")
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(contender)) for contender in contenders]
+        for worker in workers:
+            worker.ask("decode 4")  # warms up
+        speeds: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
+        for turn in range(rounds * len(workers)):
+            at = turn % len(workers)
+            for kind, count in (("prefill", prefill), ("decode", decode)):
+                speeds[at][kind].append(workers[at].ask(f"{kind} {count}")["tok_per_s"])
+            if progress is not None:
+                progress(turn + 1, rounds * len(workers))
+        return [_row(worker, found, rounds) for worker, found in zip(workers, speeds)]
+
+
+def _row(worker: _Worker, speeds: dict[str, list[float]], rounds: int) -> dict:
+    contender = worker.contender
+    return {
+        "model": str(contender.model), "engine": contender.engine, "type": worker.kind, "threads": contender.threads,
+        "prefill_tok_per_s": median(speeds["prefill"]), "decode_tok_per_s": median(speeds["decode"]),
+        "peak_rss_mb": worker.ask("memory")["peak_rss_mb"],
+        "prefill_spread": spread(speeds["prefill"]), "decode_spread": spread(speeds["decode"]), "rounds": rounds,
+    }  # fmt: skip
+
+
+class _Worker:
+    """A process of `septet.bench.worker`; a context that ends it."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.kind = ""
+
+    def __enter__(self) -> _Worker:
+        threads = str(self.contender.threads)
+        command = [sys.executable, "-m", "septet.bench.worker", self.contender.engine, str(self.contender.model), threads]
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
+        self.kind = self._answer()["type"]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, command: str) -> dict:
+        """Send a line, wait for the answer."""
+        print(command, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        _, errors = self._process.communicate()
+        last = (errors.strip().splitlines() or [f"an end with exit code {self._process.returncode} and no message"])[-1]
+        requirement = f"{self.contender.engine} must be able to run {self.contender.model}"
+        raise UnsupportedModelError(requirement, last.removeprefix(f"{SeptetError.__module__}."), "choose another engine or model")

@@ -1,0 +1,53 @@
+"""`septet bench`: rows with the promised figures, contenders that take turns, and errors that say who failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command import assert_error, quantized, septet, septet_json  # noqa: F401
+
+pytest.importorskip("septet.kernels.native", reason="the native extension is not built")
+# ruff: noqa: F811 (fixtures are imported names)
+
+KERNEL_ROW = {"name", "code", "k", "n", "tokens", "threads", "gweight_per_s", "gb_per_s", "bandwidth_fraction"}
+MODEL_ROW = {"model", "engine", "type", "threads", "prefill_tok_per_s", "decode_tok_per_s", "peak_rss_mb"}
+
+
+def test_kernel_rows() -> None:
+    options = ["--sizes", "130x70,64x128", "--codes", "trellis,split,int8", "--tokens", "1,3", "--threads", "1", "--rounds", 2]
+    rows = septet_json("bench", "kernels", *options)["rows"]
+    assert len(rows) == 2 * 2 * (2 + 1 + 2)
+    assert {row["code"] for row in rows} == {"trellis", "split", "int8"} and {row["tokens"] for row in rows} == {1, 3}
+    for row in rows:
+        assert KERNEL_ROW <= row.keys() and row["gweight_per_s"] > 0 and row["bandwidth_fraction"] > 0
+        bits = 8 * row["gb_per_s"] / row["gweight_per_s"]
+        # Both rates come from the same times, so what remains is the stored size: 3.5 or 8 bits, and padding to whole tiles.
+        assert bits == pytest.approx(8 if row["code"] == "int8" else 3.5 * _padding(row))
+    assert "gweight/s" in septet("bench", "kernels", *options).stdout
+
+
+def _padding(row: dict) -> float:
+    return -(-row["k"] // 4) * 4 * -(-row["n"] // 64) * 64 / (row["k"] * row["n"])
+
+
+def test_model_rows(quantized: dict[str, Path]) -> None:
+    pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+    options = ["--prefill", 20, "--decode", 3, "--rounds", 2, "--threads", "1"]
+    rows = septet_json("bench", "model", quantized["trellis"], *options)["rows"]
+    assert [row["engine"] for row in rows] == ["native", "transformers"]
+    for row in rows:
+        assert MODEL_ROW <= row.keys() and row["type"].startswith("trellis 3.5") and row["threads"] == 1
+        assert row["prefill_tok_per_s"] > 0 and row["decode_tok_per_s"] > 0 and row["peak_rss_mb"] > 20
+    assert rows[0]["peak_rss_mb"] < rows[1]["peak_rss_mb"] / 2
+
+
+def test_what_bench_refuses(tmp_path: Path) -> None:
+    assert_error(septet("bench", "kernels", "--sizes", "8192"), "inputs x outputs")
+    assert_error(septet("bench", "kernels", "--codes", "morse"), "a code must be one of")
+    assert_error(septet("bench", "kernels", "--sizes", "64x64", "--rounds", 0), "rounds")
+    assert_error(septet("bench", "kernels", "--threads", "many"), "numbers separated by commas")
+    assert_error(septet("bench", "model", tmp_path, "--engines", "steam"), "an engine must be one of")
+    assert_error(septet("bench", "model", tmp_path, "--engines", "native", "--decode", 0), "decode")
+    assert_error(septet("bench", "model", tmp_path / "none", "--engines", "native"), "native must be able to run", "none")
