@@ -15,12 +15,15 @@ help:
 	@echo "make demo      quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
 	@echo "make test      lint, import contract, all tests on every backend, the oldest transformers"
 	@echo "make lint      style and import contract only"
-	@echo "make generate  write the generated files again: native/tables.h, the tree in ARCHITECTURE.md, docs/quality.md"
+	@echo "make generate  write the generated files again: native tables, the tree in ARCHITECTURE.md, docs/quality.md"
 	@echo "make setup     install everything into .venv, without running anything"
 	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
 
+# Tests want the Fortran compilers, too, where they can be had.
+test: export FORTRAN_STAGE := fortran
+
 setup:
-	@$(SETUP) venv torch package
+	@$(SETUP) venv $$FORTRAN_STAGE torch package
 
 demo:
 	@$(SETUP) venv torch package demo
