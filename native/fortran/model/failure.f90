@@ -18,7 +18,7 @@ contains
   subroutine fail(requirement, got, hint)
     character(len=*), intent(in) :: requirement, got, hint
     write (error_unit, '(a)') "error: "//requirement//", got "//got
-    write (error_unit, '(a)') "hint: "//hint
+    write (error_unit, '(/, a)') "hint: "//hint
     call exit_with(1)
   end subroutine fail
 
