@@ -82,7 +82,7 @@ stage_torch() {
 
 stage_fortran() {
     local package
-    for package in gfortran:gfortran flang-22:flang-22 fir-opt-22:mlir-22-tools mlir-opt-22:mlir-22-tools; do
+    for package in gfortran:gfortran flang-22:flang-22 mlir-opt-22:mlir-22-tools clang-22:clang-22; do
         command -v "${package%%:*}" >/dev/null || (install_system_packages "${package##*:}") ||
             say "without ${package##*:}: tests that need it are skipped and say so"
     done

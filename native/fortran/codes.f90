@@ -11,8 +11,9 @@ module septet_codes
   public :: tile_outputs, tile_inputs, tile_pairs, tail_bytes
 
   integer, parameter :: tile_outputs = 64, tile_inputs = 4, tile_pairs = 128
-  !> A stream is followed by its own first bytes: windows wrap around, and every load of three bytes stays inside
-  integer, parameter :: tail_bytes = 4
+  !> A stream is followed by its own first bytes: windows wrap around, and every load of eight bytes stays inside
+  integer, parameter :: tail_bytes = 8
+  integer(c_int32_t), parameter :: wide_table(0:127) = level_table
 
 contains
 
@@ -85,24 +86,40 @@ contains
   end function window_levels
 
   !> Levels of a tile of code "trellis", outputs fastest
+  !
+  ! Eight bytes hold the windows of the four pairs of two outputs. A table of 32-bit numbers suits vector look-ups.
   pure subroutine trellis_tile(tile, bits, levels)
     integer, intent(in) :: bits
     integer(c_int8_t), intent(in) :: tile(16 * bits)
     integer(c_int8_t), intent(out) :: levels(0:tile_outputs - 1, 0:tile_inputs - 1)
     integer(c_int8_t) :: stream(0:16 * bits + tail_bytes - 1)
+    integer(c_int64_t) :: eight, multiplier
     integer(c_int32_t) :: hashes(0:tile_outputs - 1, 0:1)
-    integer(c_int64_t) :: multiplier
-    integer :: j, o
+    integer :: g, o, j
     stream = stream_of(tile)
     multiplier = multipliers(bits)
-    do concurrent (j = 0:1, o = 0:tile_outputs - 1)
-      hashes(o, j) = int(ibits(window_at(stream, bits * (2 * o + j)) * multiplier, 16, 16), c_int32_t)
+    do g = 0, tile_outputs / 2 - 1
+      o = 2 * g
+      eight = shiftr(eight_bytes(stream(bits * g / 2:bits * g / 2 + 7)), mod(4 * bits * g, 8))
+      hashes(o, 0) = int(ibits(ibits(eight, 0, 16) * multiplier, 16, 16), c_int32_t)
+      hashes(o, 1) = int(ibits(ibits(eight, bits, 16) * multiplier, 16, 16), c_int32_t)
+      hashes(o + 1, 0) = int(ibits(ibits(eight, 2 * bits, 16) * multiplier, 16, 16), c_int32_t)
+      hashes(o + 1, 1) = int(ibits(ibits(eight, 3 * bits, 16) * multiplier, 16, 16), c_int32_t)
     end do
     do concurrent (j = 0:1, o = 0:tile_outputs - 1)
-      levels(o, 2 * j) = level_table(ibits(hashes(o, j), 0, 7))
-      levels(o, 2 * j + 1) = level_table(ibits(hashes(o, j), 8, 7))
+      levels(o, 2 * j) = int(wide_table(ibits(hashes(o, j), 0, 7)), c_int8_t)
+      levels(o, 2 * j + 1) = int(wide_table(ibits(hashes(o, j), 8, 7)), c_int8_t)
     end do
   end subroutine trellis_tile
+
+  pure integer(c_int64_t) function eight_bytes(bytes)
+    integer(c_int8_t), intent(in) :: bytes(8)
+    integer :: i
+    eight_bytes = 0
+    do i = 8, 1, -1
+      eight_bytes = ior(shiftl(eight_bytes, 8), iand(int(bytes(i), c_int64_t), 255_c_int64_t))
+    end do
+  end function eight_bytes
 
   !> The two symbols of every output of a tile of code "split" in one number: 4, 3, 4 and 3 bits for its four inputs
   !
