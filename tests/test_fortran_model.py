@@ -101,6 +101,28 @@ def test_text_goes_through_the_exported_tokenizer(program: Path, quantized: dict
     assert text.rstrip("\n") == tokenizer.decode([int(token) for token in ids.split()], errors="replace")
 
 
+def test_words_and_merges_are_those_of_the_original(program: Path, quantized: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    """A BPE of 260 tokens, trained on SPEC.md: its lines, and texts with every kind of character side by side, give the same tokens."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra septet[hf]; make test installs it")
+    spec = (ROOT / "SPEC.md").read_text(encoding="ascii", errors="ignore")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator([spec], tokenizers.trainers.BpeTrainer(vocab_size=260, show_progress=False))
+    (tmp_path / "tokenizer.json").write_text(trained.to_str())
+    subprocess.run([sys.executable, ROOT / "tools" / "export_tokenizer.py", tmp_path], check=True)
+    texts = [*spec.splitlines()[10:60:7], "it's they'll  we've   12345 a1b2\n\n\n  x\t\ty ((z)) ''s 'tis", "   ", "end \n"]
+    merged = 0
+    for text in filter(None, texts):
+        ids = trained.encode(text).ids
+        merged += len(text) - len(ids)
+        options = ["--tokenizer", tmp_path / "tokenizer.septok", "--tokens", 0, "--logits", tmp_path / "text"]
+        done = run(program, quantized["trellis"], text, *options, "--activations", "float")
+        assert done.returncode == 0, done.stderr
+        by_ids = logits_of(program, quantized["trellis"], ids, "float", tmp_path / "ids")
+        assert (tmp_path / "text").read_bytes() == by_ids.tobytes(), text
+    assert merged > 100
+
+
 def test_a_seed_repeats_a_text(program: Path, quantized: dict[str, Path]) -> None:  # noqa: F811
     arguments = quantized["split"], "1,2,3", "--ids", "--tokens", 12, "--temperature", 1.5
     texts = [run(program, *arguments, "--seed", seed).stdout for seed in (5, 5, 6)]

@@ -114,11 +114,8 @@ contains
 
   pure integer(c_int64_t) function eight_bytes(bytes)
     integer(c_int8_t), intent(in) :: bytes(8)
-    integer :: i
-    eight_bytes = 0
-    do i = 8, 1, -1
-      eight_bytes = ior(shiftl(eight_bytes, 8), iand(int(bytes(i), c_int64_t), 255_c_int64_t))
-    end do
+    eight_bytes = ior(iand(int(four_bytes(bytes(:4)), c_int64_t), 4294967295_c_int64_t), &
+                      shiftl(int(four_bytes(bytes(5:)), c_int64_t), 32))
   end function eight_bytes
 
   !> The two symbols of every output of a tile of code "split" in one number: 4, 3, 4 and 3 bits for its four inputs
@@ -127,15 +124,16 @@ contains
   pure subroutine split_tile(tile, words)
     integer(c_int8_t), intent(in) :: tile(0:111)
     integer(c_int16_t), intent(out) :: words(0:tile_outputs - 1)
-    integer(c_int32_t) :: low, high
-    integer :: q
-    do q = 0, 15
-      low = four_bytes(tile(7 * q:7 * q + 3))
-      high = ishft(four_bytes(tile(7 * q + 3:7 * q + 6)), -4)
-      words(4 * q) = int(iand(low, 16383), c_int16_t)
-      words(4 * q + 1) = int(iand(ishft(low, -14), 16383), c_int16_t)
-      words(4 * q + 2) = int(iand(high, 16383), c_int16_t)
-      words(4 * q + 3) = int(ishft(high, -14), c_int16_t)
+    integer(c_int64_t) :: four(0:15)
+    integer :: q, r
+    do q = 0, 7
+      four(q) = eight_bytes(tile(7 * q:7 * q + 7))
+    end do
+    do q = 8, 15
+      four(q) = shiftr(eight_bytes(tile(7 * q - 1:7 * q + 6)), 8)
+    end do
+    do concurrent (q = 0:15, r = 0:3)
+      words(4 * q + r) = int(ibits(four(q), 14 * r, 14), c_int16_t)
     end do
   end subroutine split_tile
 
