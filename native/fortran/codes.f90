@@ -120,7 +120,7 @@ contains
 
   !> The two symbols of every output of a tile of code "split" in one number: 4, 3, 4 and 3 bits for its four inputs
   !
-  ! Four outputs take 56 bits = 7 bytes: two loads of four bytes hold 28 bits each.
+  ! Four outputs take 56 bits = 7 bytes of the eight that are loaded; the later ones one byte early, so that no load leaves the tile.
   pure subroutine split_tile(tile, words)
     integer(c_int8_t), intent(in) :: tile(0:111)
     integer(c_int16_t), intent(out) :: words(0:tile_outputs - 1)
