@@ -9,22 +9,30 @@ export TOKENIZERS_PARALLELISM := false
 # Tests multiply small matrices: OpenMP threads that wait for each other on a busy machine are slower than one.
 test-python test-oldest-transformers: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-python test-oldest-transformers lint generate clean distclean
+.PHONY: help setup demo mlir test test-python test-oldest-transformers lint generate clean distclean
 
 help:
 	@echo "make demo      quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
 	@echo "make test      lint, import contract, all tests on every backend, the oldest transformers"
 	@echo "make lint      style and import contract only"
-	@echo "make generate  write the generated files again: native/tables.h, the tree in ARCHITECTURE.md, docs/quality.md"
+	@echo "make generate  write the generated files again: native tables, the tree in ARCHITECTURE.md, docs/quality.md"
+	@echo "make mlir      Fortran through MLIR, level by level, and the figures of docs/mlir.md"
 	@echo "make setup     install everything into .venv, without running anything"
 	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
 
+# Tests want the Fortran compilers, too, where they can be had.
+test: export FORTRAN_STAGE := fortran
+
 setup:
-	@$(SETUP) venv torch package
+	@$(SETUP) venv $$FORTRAN_STAGE torch package
 
 demo:
 	@$(SETUP) venv torch package demo
 	$(BIN)/septet demo
+
+mlir:
+	@$(SETUP) venv fortran torch package
+	$(BIN)/python tools/lower_through_mlir.py
 
 test: lint test-python test-oldest-transformers
 

@@ -1,7 +1,7 @@
 """Fixtures that more than one test file needs, and the promise that nothing skips silently.
 
-`backend` runs a test on every kernel backend that works here, the native one once per instruction set. The variable
-SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says which ones must work; another list fails the run at its start.
+`backend` runs a test on every kernel backend that works here: the native one once per instruction set, Fortran once per compiler.
+The variable SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says which ones must work; another list fails the run at its start.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 
 from septet import kernels
+from variants import chosen, variants, working_backends
 
 EXPECT_VARIABLE = "SEPTET_EXPECT_BACKENDS"
 
 
 def covered_backends() -> list[str]:
-    """Every backend that works here, and the instruction sets the native one can use."""
-    names = [name for name, reason in kernels.available_backends().items() if reason is None]
-    if "native" in names:
-        sets = kernels.select_backend("native").instruction_sets()
-        names += [name for name, reason in sets.items() if not reason]
-    return sorted(names)
+    """Every backend that works here, with the instruction sets and compilers that some of them have."""
+    names = working_backends()
+    return sorted([*names, *(variant for name in names for variant in variants(name))])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -50,25 +48,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def backend_choices() -> list[str]:
-    """`reference`, and `native-avx2` and the like for every instruction set."""
-    names = [name for name, reason in kernels.available_backends().items() if reason is None]
-    sets = covered_backends()
-    native = [f"native-{name}" for name in sets if name not in names]
-    return [choice for name in names for choice in (native if name == "native" else [name])]
+    """`reference`, and `native-avx2`, `fortran-flang` and the like for every variant."""
+    return [choice for name in working_backends() for choice in [f"{name}-{variant}" for variant in variants(name)] or [name]]
 
 
 @pytest.fixture(params=backend_choices())
 def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """Every backend that works here, the native one once per instruction set."""
-    name, _, instruction_set = request.param.partition("-")
-    module = kernels.select_backend(name)
-    if not instruction_set:
+    """Every backend that works here: the native one once per instruction set, Fortran once per compiler."""
+    name, _, variant = request.param.partition("-")
+    with chosen(name, variant) as module:
         yield module
-        return
-    before = module.instruction_set()
-    module.set_instruction_set(instruction_set)
-    yield module
-    module.set_instruction_set(before)
 
 
 @pytest.fixture

@@ -1,27 +1,52 @@
-"""What the tests of the native kernels share: sizes, random operands, and bit-for-bit comparison."""
+"""What the tests of the compiled kernels, C++ and Fortran, share: sizes, random operands, and bit-for-bit comparison."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-native = pytest.importorskip("septet.kernels.native", reason="the native extension is not built")
+from septet.kernels import fortran_library, select_backend
+from variants import chosen, variants
 
-SETS = [name for name, obstacle in native.instruction_sets().items() if not obstacle]
+pytest.importorskip("septet.kernels.native", reason="the native extension is not built")
+
+#: Every build that compiled kernels have here: (backend, instruction set or compiler).
+BUILDS = [(backend, variant) for backend in ("native", "fortran") for variant in variants(backend)]
+SETS = variants("native")
+
+
+class Compiled:
+    """The backend of the build that the fixture below has chosen, and its C functions."""
+
+    module: ModuleType
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.module, name)
+
+    def library(self) -> ctypes.CDLL:
+        """The library with the functions of include/septet.h."""
+        if self.module.NAME == "fortran":
+            return fortran_library.open_library(self.module.compiler())[1]
+        return ctypes.CDLL(self.module._native.__file__)
+
+
+native = Compiled()
+native.module = select_backend("native")
 #: outputs, inputs
 SIZES = [(1, 1), (3, 5), (64, 4), (65, 130), (130, 64), (192, 576), (64, 2048), (70, 1027)]
 BATCHES = range(1, 18)
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=BUILDS, ids="-".join)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test with each instruction set; import it where `usefixtures` names it."""
-    native.set_instruction_set(request.param)
-    assert native.instruction_set() == request.param
-    yield request.param
-    native.set_instruction_set(None)
+    """Run a test with each build; import it where `usefixtures` names it."""
+    with chosen(*request.param) as native.module:
+        yield request.param[1]
+    native.module = select_backend("native")
 
 
 def equal(found: np.ndarray, wanted: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from septet import kernels
 from septet.errors import BackendUnavailableError
-from septet.kernels import reference
+from septet.kernels import fortran_library, reference
 
 
 @pytest.fixture
@@ -64,3 +64,20 @@ def test_an_impossible_instruction_set_is_not_a_reason_to_fall_back(monkeypatch:
 def test_every_backend_has_the_whole_interface(backend: object) -> None:
     names = set(reference.__all__) - {"PreparedLayer"}
     assert names <= set(dir(backend))
+
+
+def test_fortran_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_BACKENDS", tuple(entry for entry in kernels._BACKENDS if entry[0] != "native"))
+    assert kernels.select_backend() is reference
+
+
+def test_without_any_fortran_library_the_reason_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fortran_library, "FOLDER", tmp_path)
+    monkeypatch.delenv("SEPTET_FORTRAN", raising=False)
+    with pytest.raises(ImportError, match="install gfortran or flang and build again"):
+        fortran_library.open_library()
+    for name in ("gfortran", "ifx"):
+        monkeypatch.setenv("SEPTET_FORTRAN", name)
+        with pytest.raises(BackendUnavailableError, match=name):
+            fortran_library.open_library()

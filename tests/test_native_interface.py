@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 
 from native_cases import SETS, SIZES, equal, instruction_set, native, padded, random_int8, random_packed  # noqa: F401
-from septet import _native
 from septet.errors import BackendUnavailableError, CodeRangeError, OptionError, ShapeError
 from septet.kernels import reference
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ctypes.CDLL(_native.__file__)
 NO_ACCESS = 0
 POISON = 0xA5
 
@@ -77,7 +75,7 @@ def call(name: str, *arguments: object) -> int:
             converted.append(ctypes.byref(argument))
         else:
             converted.append(None if argument is None else ctypes.c_int64(argument))
-    return getattr(LIBRARY, f"septet_{name}")(*converted)
+    return getattr(native.library(), f"septet_{name}")(*converted)
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
@@ -141,6 +139,7 @@ def test_other_functions_touch_their_arrays_only(rng: np.random.Generator, at_en
         equal(back[:1], reference.trellis_encode(fixed, bits))
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_c_functions_refuse_what_they_cannot_do(rng: np.random.Generator) -> None:
     packed, out = random_packed(rng, 64, 8, 7), np.zeros(64, np.float32)
     tiles = Tiles(packed.ctypes.data, 1, 2, 7)
@@ -154,11 +153,13 @@ def test_c_functions_refuse_what_they_cannot_do(rng: np.random.Generator) -> Non
     assert call("hadamard", x, 1, 8, 3, out) == block and call("hadamard", x, 1, 8, 16, out) == block
     assert call("split_product_float", tiles, SplitScales(out.ctypes.data, None, 6), x, 1, 64, out, 1) == group
     assert call("split_product_float", tiles, SplitScales(out.ctypes.data, None, 8), x, 1, 65, out, 1) == size
-    LIBRARY.septet_error_message.restype = ctypes.c_char_p
-    messages = [LIBRARY.septet_error_message(number) for number in range(16)]
-    assert len(set(messages)) == 16 and messages[15] == LIBRARY.septet_error_message(-1)
+    library = native.library()
+    library.septet_error_message.restype = ctypes.c_char_p
+    messages = [library.septet_error_message(number) for number in range(16)]
+    assert len(set(messages)) == 16 and messages[15] == library.septet_error_message(-1)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_wrong_arguments_raise_septet_errors(rng: np.random.Generator) -> None:
     packed, xq = random_packed(rng, 64, 8, 7), random_int8(rng, 2, 8)
     with pytest.raises(OptionError, match="6, 7 or 8"):
@@ -177,7 +178,10 @@ def test_wrong_arguments_raise_septet_errors(rng: np.random.Generator) -> None:
     with pytest.raises(ShapeError, match="at least 1"):
         native.quantize_activations(np.zeros((2, 6), np.float32), 0)
     with pytest.raises(OptionError, match="threads"):
-        _native.trellis_levels(packed, 7, -1)
+        native.trellis_encode(np.zeros((1, 256), np.int16), 7, -1)
+
+
+def test_an_unknown_build_is_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="avx1024"):
         native.set_instruction_set("avx1024")
 

@@ -1,4 +1,4 @@
-"""Whole layers in native code: equal to the reference bit for bit, whatever the instruction set, the threads or the batch."""
+"""Whole layers in C++ and Fortran: equal to the reference bit for bit, whatever the instruction set, compiler, threads or batch."""
 
 from __future__ import annotations
 

@@ -57,6 +57,12 @@ def half_step(scale: np.ndarray) -> np.ndarray:
 FLOAT32_MEAN = 1e-5
 #: The same for a difference of two close log-probabilities (a divergence, a standard error), which loses two to three digits.
 FLOAT32_DIFFERENCE = 1e-3
+#: Logits of a float32 LLaMA from two programs that add in different orders, relative to the largest logit: some hundred roundings of
+#: sums of a few hundred terms. SmolLM2 has 6e-6.
+FLOAT32_LOGITS = 5e-5
+#: How far two such programs are apart with int8 activations, in units of what int8 activations cost: a rounding decides which way an
+#: activation goes, and one step of it changes everything after. Measured 1 to 2 on SmolLM2.
+INT8_LOGITS = 3
 #: A standard deviation estimated from 400 repeats is itself known to 1 / sqrt(800) = 3.5 %; three of these.
 SPREAD_OF_400 = 0.106
 

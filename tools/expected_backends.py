@@ -5,12 +5,22 @@ The answer comes from the machine, not from septet: a build that lost a backend 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 # What the native library needs for each instruction set, in the words of /proc/cpuinfo.
 AVX2 = {"avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 REQUIRED_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vnni"}}
+
+#: What the build takes for each Fortran compiler, in the order in which it looks.
+FORTRAN = {"gfortran": ("gfortran",), "flang": ("flang-22", "flang", "flang-new")}
+
+
+def fortran_backends() -> list[str]:
+    """`fortran` and the compilers that are installed; nothing without any."""
+    found = [name for name, programs in FORTRAN.items() if any(map(shutil.which, programs))]
+    return ["fortran", *found] if found else []
 
 
 def cpu_flags() -> set[str]:
@@ -23,4 +33,5 @@ def cpu_flags() -> set[str]:
 
 if __name__ == "__main__":
     flags = cpu_flags()
-    print(",".join(["reference", "native", "scalar", *(name for name, needed in REQUIRED_FLAGS.items() if needed <= flags)]))
+    sets = [name for name, needed in REQUIRED_FLAGS.items() if needed <= flags]
+    print(",".join(["reference", "native", "scalar", *sets, *fortran_backends()]))

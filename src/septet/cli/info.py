@@ -14,7 +14,7 @@ from septet.cli.output import console, print_json
 __all__ = ["info"]
 
 LIBRARIES = ("numpy", "torch", "transformers", "safetensors", "tokenizers", "gguf")
-VARIABLES = ("SEPTET_BACKEND", "SEPTET_CPU", "SEPTET_THREADS", "OMP_NUM_THREADS")
+VARIABLES = ("SEPTET_BACKEND", "SEPTET_CPU", "SEPTET_FORTRAN", "SEPTET_THREADS", "OMP_NUM_THREADS")
 
 
 @app.command()

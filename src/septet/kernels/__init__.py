@@ -18,10 +18,11 @@ __all__ = ["BACKEND_VARIABLE", "LayerWeights", "available_backends", "select_bac
 
 BACKEND_VARIABLE = "SEPTET_BACKEND"
 
-#: Name and module, fastest first.
+#: Name and module, fastest first; what stands behind the reference is never chosen unasked.
 _BACKENDS = (
     ("native", "septet.kernels.native"),
     ("reference", "septet.kernels.reference"),
+    ("fortran", "septet.kernels.fortran"),
 )
 
 
