@@ -204,7 +204,7 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model_dir: Path) -> None:
 
 def test_a_model_writes_the_same_text_for_the_same_seed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_model_dir)
-    monkeypatch.setattr("septet.calibration.sampling._BATCH_WINDOWS", 2)
+    monkeypatch.setattr("septet.calibration.sampling._MOST_TOGETHER", 2)
     state = torch.get_rng_state()
     first, threaded = (sample_windows(model, 5, 12, START, seed=3, threads=threads) for threads in (1, 3))
     assert first.shape == (5, 12) and first.dtype == torch.int64 and (first[:, 0] == START).all()

@@ -17,7 +17,8 @@ from septet.calibration.workers import map_windows
 
 __all__ = ["sample_windows"]
 
-_BATCH_WINDOWS = 16
+#: Sequences that are written together: half of all, so that two threads have something to do, but no more than this.
+_MOST_TOGETHER = 16
 
 
 def sample_windows(
@@ -43,7 +44,8 @@ def sample_windows(
     Returns:
         int64 [windows, context].
     """
-    batches = [(start, min(_BATCH_WINDOWS, windows - start)) for start in range(0, windows, _BATCH_WINDOWS)]
+    together = min(_MOST_TOGETHER, -(-windows // 2))
+    batches = [(start, min(together, windows - start)) for start in range(0, windows, together)]
 
     def write(batch: tuple[int, int]) -> torch.Tensor:
         start, rows = batch

@@ -78,9 +78,10 @@ def make_quantized(original: Path, out: Path, code: str) -> None:
     """Quantize the original, or check what is there."""
     from septet import checkpoint
 
-    options = checkpoint.QuantizeOptions(code=code)
+    # Effort 1 is quick; `septet quantize` does more by default.
+    options = checkpoint.QuantizeOptions(code=code, effort=1, calibration="self")
     if not out.exists():
-        quantize_with_bar(str(original), out, options, resume=True)
+        quantize_with_bar(str(original), out, options, resume=True, calibration="self")
         return
     problems = checkpoint.verify(out).problems
     if problems:
