@@ -10,7 +10,8 @@ import pytest
 from native_cases import native
 from septet import _native
 from septet.errors import CheckpointError, OptionError, ShapeError
-from test_native_interface import LIBRARY, Guarded
+from native_cases import native
+from test_native_interface import Guarded
 
 NULL, SIZE, CODE, INCOMPLETE, TOKEN, CONTEXT = 1, 2, 6, 12, 13, 14
 INT8, FLOAT32 = 2, 3
