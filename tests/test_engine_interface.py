@@ -7,11 +7,11 @@ import ctypes
 import numpy as np
 import pytest
 
-from native_cases import native
 from septet import _native
 from septet.errors import CheckpointError, OptionError, ShapeError
-from native_cases import native
 from test_native_interface import Guarded
+
+LIBRARY = ctypes.CDLL(_native.__file__)
 
 NULL, SIZE, CODE, INCOMPLETE, TOKEN, CONTEXT = 1, 2, 6, 12, 13, 14
 INT8, FLOAT32 = 2, 3
