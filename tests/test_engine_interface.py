@@ -9,6 +9,7 @@ import pytest
 
 from septet import _native
 from septet.errors import CheckpointError, OptionError, ShapeError
+from septet.kernels import native
 from test_native_interface import Guarded
 
 LIBRARY = ctypes.CDLL(_native.__file__)
