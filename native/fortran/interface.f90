@@ -17,7 +17,7 @@ module septet_interface
   implicit none
   private
 
-  character(len=80, kind=c_char), target, save :: messages(0:12) = [character(len=80, kind=c_char) :: &
+  character(len=80, kind=c_char), target, save :: messages(0:15) = [character(len=80, kind=c_char) :: &
     "no error"//c_null_char, &
     "a pointer is NULL"//c_null_char, &
     "a size is out of range or contradicts another"//c_null_char, &
@@ -30,6 +30,9 @@ module septet_interface
     "no instruction set has this name"//c_null_char, &
     "this machine lacks the instruction set"//c_null_char, &
     "out of memory"//c_null_char, &
+    "a model lacks a weight or a vector"//c_null_char, &
+    "a token is not in the vocabulary"//c_null_char, &
+    "the text does not fit the context"//c_null_char, &
     "unknown error number"//c_null_char]
 
 contains
@@ -38,8 +41,8 @@ contains
     integer(c_int), value, intent(in) :: error
     type(c_ptr) :: message
     integer :: index
-    index = 12
-    if (error >= 0 .and. error < 12) index = error
+    index = ubound(messages, 1)
+    if (error >= 0 .and. error < index) index = error
     message = c_loc(messages(index) (1:1))
   end function septet_error_message
 

@@ -1,6 +1,6 @@
 ! The encoder of the trellis code: the exact Viterbi search that septet.codes.trellis_search defines, with the same ties
 !
-! Pass one runs over pairs 64..127, 0..63 and finds the state at the tile's boundary; pass two starts and ends in that state.
+! Pass one runs over pairs 96..127, 0..31 and finds the state at the tile's boundary; pass two starts and ends in that state.
 ! The state after a pair is the upper 16 - bits bits of its window, which are the lower bits of the next one.
 module septet_trellis_search
   use, intrinsic :: iso_c_binding, only: c_int8_t, c_int16_t, c_int32_t
@@ -9,7 +9,7 @@ module septet_trellis_search
   private
   public :: encode_tile
 
-  integer, parameter :: windows = 65536, around = 64
+  integer, parameter :: windows = 65536, around = 32
   integer(c_int32_t), parameter :: forbidden = 2**22
 
 contains
@@ -22,14 +22,14 @@ contains
     integer, intent(out) :: symbols(0:tile_pairs - 1)
     integer(c_int32_t), allocatable :: cost(:)
     integer(c_int16_t), allocatable :: best(:, :)
-    integer :: states, boundary, ignored(0:tile_pairs - 1)
+    integer :: states, boundary, ignored(around)
     states = windows / 2**bits
     allocate (cost(0:states - 1), best(0:states - 1, 0:tile_pairs - 1))
     cost = 0
-    ! cshift says the same, but flang 22.1 shifts the wrong way here
-    call forward(reshape([fixed(:, around:), fixed(:, :around - 1)], shape(fixed)), levels, bits, cost, best)
+    call forward(reshape([fixed(:, tile_pairs - around:), fixed(:, :around - 1)], [2, 2 * around]), levels, bits, cost, &
+                 best(:, :2 * around - 1))
     boundary = minloc(cost, 1) - 1
-    call trace_back(best(:, around:), bits, boundary, ignored(around:))
+    call trace_back(best(:, around:2 * around - 1), bits, boundary, ignored)
     cost = forbidden
     cost(boundary) = 0
     call forward(fixed, levels, bits, cost, best)
@@ -38,7 +38,7 @@ contains
 
   !> best(s, p): the lowest symbol of pair p with which a cheapest path reaches state s
   pure subroutine forward(fixed, levels, bits, cost, best)
-    integer(c_int16_t), intent(in) :: fixed(2, 0:tile_pairs - 1)
+    integer(c_int16_t), intent(in) :: fixed(:, 0:)
     integer(c_int8_t), intent(in) :: levels(2, 0:windows - 1)
     integer, intent(in) :: bits
     integer(c_int32_t), intent(inout) :: cost(0:)
@@ -46,7 +46,7 @@ contains
     integer(c_int32_t) :: candidates(0:2**bits - 1, 0:size(cost) - 1)
     integer :: p
     integer :: s
-    do p = 0, tile_pairs - 1
+    do p = 0, size(fixed, 2) - 1
       call add_metric(int(fixed(:, p), c_int32_t), levels, cost, candidates)
       do concurrent (s = 0:size(cost) - 1)
         best(s, p) = int(minloc(candidates(:, s), 1) - 1, c_int16_t)
