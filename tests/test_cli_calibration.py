@@ -80,3 +80,30 @@ def test_calibration_without_anybody_to_run_the_model_is_refused(tiny_model_dir:
 
     with pytest.raises(OptionError, match="an option must be one of"):
         SeptetConfig(effort=1)
+
+
+def stored_average(out: Path) -> float:
+    """Bits per weight of the linear layers, without scales."""
+    layers = json.loads((out / "config.json").read_text())["quantization_config"]["layers"].values()
+    sizes = [(entry["in_features"] * entry["out_features"], entry["bits_per_pair"]) for entry in layers if entry["code"] == "trellis"]
+    return sum(size * bits for size, bits in sizes) / 2 / sum(size for size, _ in sizes)
+
+
+@pytest.mark.parametrize("effort", [0, 1, 2])
+def test_any_average_between_the_widths(effort: int, tiny_model_dir: Path, tmp_path: Path) -> None:
+    made = septet_json("quantize", tiny_model_dir, tmp_path / "out", "--effort", effort, "--bits", 3.3, "--calibration-tokens", 1024)
+    assert (made["effort"], made["allocation"], made["bits_per_weight"]) == (effort, "measured", 3.3)
+    assert 3.0 < stored_average(tmp_path / "out") <= 3.3
+    assert septet("verify", tmp_path / "out").exit_code == 0
+
+
+def test_effort_3_keeps_what_loses_less(tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", tiny_model_dir, tmp_path / "out", "--effort", 3, "--calibration-tokens", 1024)
+    result = septet(*arguments)
+    assert result.exit_code == 0, result.stderr
+    losses = {line.split()[0]: float(line.split("KL ")[1].split()[0]) for line in result.stderr.splitlines() if " widths: KL " in line}
+    assert set(losses) == {"uniform", "measured"}
+    kept = json.loads((tmp_path / "out" / "septet.json").read_text())["options"]["allocation"]
+    assert losses[kept] == min(losses.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert stored_average(tmp_path / "out") <= 3.5
