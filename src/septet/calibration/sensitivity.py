@@ -31,7 +31,7 @@ from septet.quantize import exact
 from septet.quantize.hessian import HessianSum
 from septet.quantize.statistics import output_rows
 
-__all__ = ["Sensitivity", "measure"]
+__all__ = ["Sensitivity", "measure", "save_array"]
 
 
 class Sensitivity:
@@ -61,9 +61,7 @@ class Sensitivity:
             if self._folder is None:
                 self._arrays[key] = matrix.astype(np.float32)
             else:
-                unfinished = self._file(key).with_suffix(".unfinished.npy")
-                np.save(unfinished, matrix.astype(np.float32))
-                os.replace(unfinished, self._file(key))
+                save_array(self._file(key), matrix.astype(np.float32))
 
     def _get(self, key: str) -> np.ndarray | None:
         if self._folder is None:
@@ -73,6 +71,13 @@ class Sensitivity:
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array of any dtype and shape to an .npy file, which appears whole or not at all."""
+    unfinished = path.with_suffix(".unfinished.npy")
+    np.save(unfinished, array)
+    os.replace(unfinished, path)
 
 
 def measure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from septet.cli.eval import read_text
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from septet.calibration import Calibrator, Sensitivity
@@ -59,6 +57,7 @@ def calibrate_with(
 
         from septet import loading
         from septet.calibration import Calibrator
+        from septet.calibration.sensitivity import save_array
 
         model = loading.load_model(directory.path)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
@@ -66,7 +65,7 @@ def calibrate_with(
         kept = folder / "windows.npy"
         if not kept.is_file():
             windows = write_windows(model, shape, options.seed, threads, show) if choice == "self" else _read(choice, model, shape)
-            _save(kept, windows.numpy())
+            save_array(kept, windows.numpy())
         windows = torch.from_numpy(np.load(kept, allow_pickle=False))
         sensitivity = None
         if options.effort >= 2:
@@ -90,6 +89,7 @@ def _measured(
     import numpy as np
 
     from septet.calibration import Sensitivity, measure
+    from septet.calibration.sensitivity import save_array
     from septet.checkpoint.stream import Progress
 
     found, complete = Sensitivity(folder), folder / "complete.npy"
@@ -99,17 +99,8 @@ def _measured(
             show(Progress("measure", f"block {done} of {total}"))
 
         measure(model, layers, windows, seed, threads, found, measured)
-        _save(complete, np.zeros(0))
+        save_array(complete, np.zeros(0))
     return found
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """Write an array in one go."""
-    import numpy as np
-
-    unfinished = path.with_suffix(".unfinished.npy")
-    np.save(unfinished, array)
-    os.replace(unfinished, path)
 
 
 def _read(choice: str, model: torch.nn.Module, shape: tuple[int, int]) -> torch.Tensor:
