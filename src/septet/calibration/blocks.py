@@ -19,7 +19,7 @@ from torch import nn
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
 
-__all__ = ["Arguments", "Chain", "find_blocks", "hidden_of"]
+__all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
 _HINT = "quantize it without calibration"
 
@@ -91,7 +91,7 @@ class Chain:
                 hidden, arguments = self._record(window)
                 self.hidden.append(hidden[0].float().clone())
                 self.arguments = self.arguments or arguments
-                if not _same(self.arguments, arguments):
+                if not same_arguments(self.arguments, arguments):
                     got = f"other arguments for another text in {type(model).__name__}"
                     raise UnsupportedModelError("blocks to calibrate must depend on the hidden state alone", got, _HINT)
         blocks[0].to(dtype)
@@ -192,14 +192,14 @@ class _Recorder(nn.Module):
         return self.__dict__["local"].calls.note(positional, named)
 
 
-def _same(first: object, second: object) -> bool:
-    """Whether arguments are equal, tensors by value."""
+def same_arguments(first: object, second: object) -> bool:
+    """Whether two calls' arguments are equal: tensors, and tuples, lists and dicts of them, by value."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.shape == second.shape and torch.equal(first, second)
     if isinstance(first, Arguments) and isinstance(second, Arguments):
-        return _same(first.positional, second.positional) and _same(first.named, second.named)
+        return same_arguments(first.positional, second.positional) and same_arguments(first.named, second.named)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
+        return len(first) == len(second) and all(map(same_arguments, first, second))
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(same_arguments(first[key], second[key]) for key in first)
     return type(first) is type(second) and (isinstance(first, torch.nn.Module) or first is second or first == second)

@@ -3,8 +3,8 @@
 The windows' hidden states wait before the block at work. For each of its groups they run up to that group, through the new weights of
 the layers before it; when all its layers have been quantized, they move on. So every layer is calibrated behind all quantized ones before
 it. The same windows also go through the unquantized model, to see how far inputs have moved. Memory: the model as it was loaded, less
-the blocks that are done; one block in float32; the hidden states twice; all inputs of one block's layers; a few statistics.
-Results do not depend on the number of threads.
+the blocks that are done; one block in float32; the hidden states twice; all inputs and most outputs of one block's layers; a few
+statistics. Results do not depend on the number of threads.
 
 Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); moved inputs after Li et al. 2025 (GPTAQ, 2504.02692).
 """
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from septet.calibration.blocks import Chain, find_blocks, hidden_of
+from septet.calibration.remembered import Remembered
 from septet.calibration.sensitivity import Sensitivity
 from septet.calibration.workers import map_windows
 from septet.errors import OptionError, UnsupportedModelError
@@ -71,6 +72,10 @@ class Calibrator:
         #: Inputs of the current block's layers in the unquantized model, by key, one array per window.
         self._original_inputs: dict[str, list[np.ndarray]] = {}
         self._current = -1
+        #: Of the current block: what its finished parts gave, and the names within it of all its layers and of those taken over.
+        self._remembered: Remembered | None = None
+        self._members: set[str] = set()
+        self._taken: set[str] = set()
 
     def statistics(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
         """What is known of a fused group, after all earlier layers have been taken over.
@@ -123,12 +128,17 @@ class Calibrator:
         weight = torch.from_numpy(dequantize(quantized))
         module = self._model.get_submodule(layer.name)
         module.weight = nn.Parameter(weight.T.contiguous() if layer.kind == "conv1d" else weight, requires_grad=False)
+        self._taken.add(self._name_within(layer))
 
     def _block_of(self, layer: LayerPlan) -> int | None:
         """The number of the block that a layer is in, or None."""
         if not layer.name.startswith(f"{self._prefix}."):
             return None
         return int(layer.name[len(self._prefix) + 1 :].split(".", 1)[0])
+
+    def _name_within(self, layer: LayerPlan) -> str:
+        """A layer's name without that of its block."""
+        return layer.name[len(self._prefix) + 1 :].partition(".")[2]
 
     def _go_on(self) -> None:
         """Move the hidden states behind the current block, and see what the next one gets in the unquantized model."""
@@ -137,13 +147,14 @@ class Calibrator:
             self._hidden = self._chain.hidden
             self._original = self._hidden
         else:
-            parts = map_windows(lambda hidden: self._chain.block_output(self._current, hidden), self._hidden, self._threads)
-            self._hidden = [moved for part in parts for moved in part]
+            parts = self._watch(self._hidden, {}, lambda number, inputs: None, stop=False)
+            self._hidden = [moved for part in parts for _, moved in part]
             self._blocks[self._current].to("meta")
         self._current += 1
         self._blocks[self._current].float()
+        members = [layer for layer in self._layers if self._block_of(layer) == self._current]
+        self._remembered, self._members, self._taken = Remembered(self._blocks[self._current]), set(map(self._name_within, members)), set()
         if self._sensitivity is not None:
-            members = [layer for layer in self._layers if self._block_of(layer) == self._current]
             self._original_inputs, moved = {}, []
             for results in self._watch(self._original, self._watched(members), lambda number, inputs: inputs, stop=False):
                 moved += [output for _, output in results]
@@ -210,12 +221,14 @@ class Calibrator:
 
         def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
             seen.inputs, output = {}, None
+            self._remembered.window(item[0])
             with suppress(_SeenAll):
                 output = hidden_of(block(item[1][None], *arguments.positional, **arguments.named))[0]
             return look(item[0], seen.inputs), output
 
         try:
-            yield from map_windows(work, list(enumerate(hidden)), self._threads)
+            with self._remembered.reusing(self._members, self._taken):
+                yield from map_windows(work, list(enumerate(hidden)), self._threads)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -1,0 +1,76 @@
+"""Finished parts of a block are computed once per window, and again as soon as anything else comes in."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+
+from torch import nn  # noqa: E402
+
+from septet.calibration.remembered import Remembered  # noqa: E402
+
+LAYERS = frozenset({"first.a", "first.b", "second"})
+
+
+class Counting(nn.Linear):
+    """A layer that counts its calls."""
+
+    calls = 0
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(rows)
+
+
+class Part(nn.Module):
+    """Two layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Counting(4, 4), Counting(4, 4)
+
+    def forward(self, rows: torch.Tensor, *, factor: float = 1.0) -> tuple[torch.Tensor, None]:
+        return self.a(rows) + factor * self.b(rows), None
+
+
+class Block(nn.Module):
+    """A part, and a layer behind it that reads what the part gave and changes it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Part(), Counting(4, 4)
+
+    def forward(self, rows: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        state, _ = self.first(rows, factor=factor)
+        state += 1
+        return self.second(state)
+
+
+def run(block: Block, memory: Remembered, done: set[str], rows: torch.Tensor, number: int = 0, factor: float = 1.0) -> torch.Tensor:
+    with torch.no_grad(), memory.reusing(LAYERS, frozenset(done)):
+        memory.window(number)
+        return block(rows, factor)
+
+
+def test_only_finished_parts_are_remembered() -> None:
+    block, rows = Block(), torch.randn(3, 4)
+    memory, calls = Remembered(block), lambda: (block.first.a.calls, block.first.b.calls, block.second.calls)
+    with torch.no_grad():
+        expected = block(rows)
+    counted = []
+    for done in ({"first.a"}, {"first.a"}, {"first.a", "first.b"}, {"first.a", "first.b"}, set(LAYERS), set(LAYERS)):
+        assert torch.equal(run(block, memory, done, rows), expected)
+        counted.append(calls())
+    # One part of two; then the whole part, which asks b once more; then the last layer.
+    assert counted == [(2, 2, 2), (2, 3, 3), (2, 4, 4), (2, 4, 5), (2, 4, 6), (2, 4, 6)]
+    assert "forward" not in block.first.__dict__, "outside of the context the block is as it was"
+
+
+def test_another_window_or_argument_is_computed_anew() -> None:
+    block, rows = Block(), torch.randn(3, 4)
+    memory, done = Remembered(block), set(LAYERS)
+    first = run(block, memory, done, rows)
+    assert not torch.equal(run(block, memory, done, rows, factor=2.0), first)
+    assert not torch.equal(run(block, memory, done, rows + 1, number=1), first)
+    assert torch.equal(run(block, memory, done, rows), first)
