@@ -3,6 +3,7 @@
     python benchmarks/quality.py MODEL --list
     python benchmarks/quality.py MODEL --recipe gptq-4 --recipe split-feedback
     python benchmarks/quality.py MODEL --main
+    python benchmarks/quality.py MODEL --ladder
     python benchmarks/quality.py MODEL --judge CHECKPOINT --name trellis-tuned --title "trellis, tuned" --table ladder --order 5
 
 All recipes see the same calibration tokens and are judged on the same windows. Results that are there are not computed again (--again
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import torch
 from quality_ggml import is_available
-from quality_judge import RememberedReference, calibration_windows, judge, quantize_model
-from quality_recipes import FAMILIES, MAIN, RECIPES
+from quality_judge import RememberedReference, calibration_windows, judge, quantize_model, sensitivity_of, written_windows
+from quality_recipes import FAMILIES, LADDER, MAIN, RECIPES
 from quality_results import Slice, file_of, finished, machine_facts, save
 
 from septet import loading
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", action="append", choices=RECIPES, metavar="NAME", help="may be given several times")
     what.add_argument("--main", action="store_true", help=f"{len(MAIN)} recipes, one of each kind")
+    what.add_argument("--ladder", action="store_true", help="the steps from plain rounding to the default effort of `septet quantize`")
     what.add_argument("--all", action="store_true", help="every recipe but trellis, which `septet quantize` makes")
     what.add_argument("--judge", type=Path, metavar="PATH", help="a septet directory, a Hugging Face directory or a .gguf file")
     what.add_argument("--list", action="store_true", help="show the recipes")
@@ -65,8 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--title", help="with --judge: what a table calls it")
     parser.add_argument("--family", default="trellis", choices=FAMILIES, help="with --judge: which colour it gets in the plot")
     parser.add_argument("--note", default="", help="with --judge: how it was made; stands in the result file")
+    parser.add_argument("--made-in", type=float, metavar="SECONDS", help="with --judge: how long `septet quantize` took")
     parser.add_argument("--activations", choices=loading.ACTIVATIONS, help="with --judge of a septet directory")
-    parser.add_argument("--table", action="append", help="tables it belongs to, default: comparison")
+    parser.add_argument("--table", action="append", help="tables it belongs to, default: comparison, or ladder")
     parser.add_argument("--order", type=float, default=0, help="its place in tables that are not sorted by bits")
     parser.add_argument("--suffix", default="", help="ends the names of result files, to tell those of another model or text apart")
     parser.add_argument("--model-name", help="what results call the model; default: the directory's name")
@@ -106,7 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in missing:
         make = judge_stored if arguments.judge else judge_recipe
         result = make(name, arguments, windows, reference)
-        described = {"tables": arguments.table or ["comparison"], "order": arguments.order, "protocol": protocol}
+        tables, order = (["ladder"], 1 + LADDER.index(name)) if name in LADDER else (["comparison"], 0)
+        described = {"tables": arguments.table or tables, "order": arguments.order or order, "protocol": protocol}
         counts = {"tokens": len(windows.tokens) * windows.scored, "windows": len(windows.tokens)}
         facts = machine_facts(ROOT, command_line(arguments, name))
         save(files[name], {"name": files[name].stem} | described | result | counts | facts)
@@ -117,6 +121,8 @@ def chosen_recipes(arguments: argparse.Namespace) -> list[str]:
     """The names of the recipes to run."""
     if arguments.main:
         return list(MAIN)
+    if arguments.ladder:
+        return list(LADDER)
     left_out = {"trellis"} if is_available() else {"trellis", "llama.cpp"}
     return arguments.recipe or [name for name, recipe in RECIPES.items() if recipe.family not in left_out]
 
@@ -126,14 +132,16 @@ def judge_recipe(name: str, arguments: argparse.Namespace, windows: Windows, ref
     recipe = RECIPES[name]
     text = Slice.read(arguments.calibration_text, arguments.calibration_bytes)
     started = time.perf_counter()
-    seen = calibration_windows(arguments.model, text.content, arguments.context, arguments.calibration_tokens)
-    weights, bits = quantize_model(arguments.model, recipe, seen, shower(name, "groups"))
+    size = arguments.context, arguments.calibration_tokens
+    seen = written_windows(arguments.model, *size) if recipe.own_text else calibration_windows(arguments.model, text.content, *size)
+    sensitivity = sensitivity_of(arguments.model, seen) if recipe.sensitive else None
+    weights, bits = quantize_model(arguments.model, recipe, seen, shower(name, "groups"), sensitivity)
     quantized = time.perf_counter()
     figures = judge(arguments.model, weights, windows, reference, shower(name, "windows"))
     return {
         "title": recipe.title,
         "family": recipe.family,
-        "calibration": text.described() | {"tokens": seen.numel()} if recipe.calibrated else None,
+        "calibration": ({} if recipe.own_text else text.described()) | {"tokens": seen.numel()} if recipe.calibrated else None,
         "activations": "float",
         "scope": BLOCKS_ONLY,
         "note": "",
@@ -160,7 +168,7 @@ def judge_stored(name: str, arguments: argparse.Namespace, windows: Windows, ref
         "note": arguments.note,
         "effective_bits": effective_bits(arguments.judge, linear)[0],
         **figures,
-        "seconds": {"quantize": None, "evaluate": round(time.perf_counter() - started, 1)},
+        "seconds": {"quantize": arguments.made_in, "evaluate": round(time.perf_counter() - started, 1)},
     }
 
 

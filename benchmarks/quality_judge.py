@@ -17,12 +17,13 @@ from quality_recipes import Group, Recipe
 from torch import nn
 
 from septet import loading, model
-from septet.calibration import Calibrator
+from septet.calibration import Calibrator, Sensitivity, measure
 from septet.checkpoint import QuantizeOptions
+from septet.cli.calibration import SENSITIVITY_CONTEXT, write_windows
 from septet.evaluation import Windows, cut_windows, score_models
 from septet.model import LayerPlan
 
-__all__ = ["RememberedReference", "calibration_windows", "judge", "quantize_model"]
+__all__ = ["RememberedReference", "calibration_windows", "judge", "quantize_model", "sensitivity_of", "written_windows"]
 
 
 def calibration_windows(directory: Path, text: str, context: int, tokens: int) -> torch.Tensor:
@@ -42,8 +43,23 @@ def calibration_windows(directory: Path, text: str, context: int, tokens: int) -
     return windows[torch.arange(count) * len(windows) // count]
 
 
+def written_windows(directory: Path, context: int, tokens: int) -> torch.Tensor:
+    """What `septet quantize` calibrates on when no text is given: int64 [windows, context], seed 0."""
+    return write_windows(loading.load_model(directory), (-(-tokens // context), context), 0, 0, lambda stage: None)
+
+
+def sensitivity_of(directory: Path, windows: torch.Tensor) -> Sensitivity:
+    """What errors of each layer matter for, as `septet quantize` measures it."""
+    net = loading.load_model(directory)
+    return measure(net, model.plan(net, QuantizeOptions(head="keep")), windows[:, :SENSITIVITY_CONTEXT].contiguous())
+
+
 def quantize_model(
-    directory: Path, recipe: Recipe, windows: torch.Tensor, progress: Callable[[int, int], None]
+    directory: Path,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    progress: Callable[[int, int], None],
+    sensitivity: Sensitivity | None = None,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Quantize the linear layers of a model; head, embedding and norms stay.
 
@@ -52,13 +68,14 @@ def quantize_model(
         recipe: how.
         windows: int64 [windows, tokens], calibration text; not used by recipes without calibration.
         progress: called with (groups done, groups).
+        sensitivity: of the layers, for recipes that want it.
 
     Returns:
         Dequantized weights by module name, float32 as the module has them; and stored bits per weight of these layers.
     """
     net = loading.load_model(directory)
     layers = model.plan(net, QuantizeOptions(head="keep"))
-    calibrator = Calibrator(net, layers, windows) if recipe.calibrated else None
+    calibrator = Calibrator(net, layers, windows, sensitivity=sensitivity) if recipe.calibrated else None
     groups: dict[str, list[LayerPlan]] = {}
     for layer in layers:
         groups.setdefault(layer.group, []).append(layer)
@@ -67,8 +84,8 @@ def quantize_model(
     for done, members in enumerate(groups.values(), 1):
         known = calibrator.statistics(members) if calibrator is not None else None
         hessian = None if known is None else known.inputs
-        weights = [_dense(net, layer) for layer in members]
-        for layer, result in zip(members, recipe.quantize(Group([one.name for one in members], weights, hessian))):
+        names, weights = [layer.name for layer in members], [_dense(net, layer) for layer in members]
+        for layer, result in zip(members, recipe.quantize(Group(names, weights, hessian, known))):
             made[layer.name] = _stored(layer, result.weight)
             _put(net, layer.name, made[layer.name])
             bits, count = bits + result.bits_per_weight * result.weight.size, count + result.weight.size

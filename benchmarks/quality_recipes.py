@@ -27,7 +27,7 @@ from septet.quantize.baselines import quantize_baseline
 from septet.quantize.gptq import quantize_gptq
 from septet.quantize.grids import GridStyle
 
-__all__ = ["FAMILIES", "MAIN", "RECIPES", "Group", "Quantized", "Recipe"]
+__all__ = ["FAMILIES", "LADDER", "MAIN", "RECIPES", "Group", "Quantized", "Recipe"]
 
 #: What a plot has a colour for.
 FAMILIES = ("rtn", "gptq", "awq", "llama.cpp", "split", "trellis")
@@ -41,11 +41,13 @@ class Group:
         names: of the modules.
         weights: float32 [N_i, K] each.
         hessian: float64 [K, K], mean of x transpose(x); None for recipes without calibration.
+        statistics: all that calibration found out, for recipes that want sensitivities.
     """
 
     names: list[str]
     weights: list[np.ndarray]
     hessian: np.ndarray | None
+    statistics: GroupStatistics | None = None
 
     @property
     def group_size(self) -> int | None:
@@ -70,12 +72,16 @@ class Recipe:
         family: one of `FAMILIES`.
         quantize: a group to one result per layer.
         calibrated: whether it needs Hessians.
+        sensitive: whether it needs to know what errors matter for, too.
+        own_text: calibrated on what the model writes, not on the calibration text.
     """
 
     title: str
     family: str
     quantize: Callable[[Group], list[Quantized]]
     calibrated: bool
+    sensitive: bool = False
+    own_text: bool = False
 
 
 def _rtn(bits: int, symmetric: bool, grouped: bool, group: Group) -> list[Quantized]:
@@ -105,6 +111,13 @@ def _split(granularity: str, feedback: bool, group: Group) -> list[Quantized]:
 def _trellis(bits_per_pair: int, group: Group) -> list[Quantized]:
     known = None if group.hessian is None else GroupStatistics(group.hessian)
     return _unpacked(quantize_trellis(group.weights, group.names, bits_per_pair, statistics=known))
+
+
+def _step(drift: bool, outputs: bool, group: Group) -> list[Quantized]:
+    """The recipe of `septet quantize`, as far as a step of the ladder goes."""
+    known = group.statistics or GroupStatistics(group.hessian)
+    known = GroupStatistics(known.inputs, known.drift if drift else None, known.outputs if outputs else None)
+    return _unpacked(quantize_trellis(group.weights, group.names, 7, statistics=known))
 
 
 def _unpacked(made: list[QuantizedTensor]) -> list[Quantized]:
@@ -177,8 +190,24 @@ def _own_recipes() -> dict[str, Recipe]:
     return recipes
 
 
+def _ladder_recipes() -> dict[str, Recipe]:
+    """Steps between plain rounding and the default effort, each with those before, all on text that the model writes."""
+    steps = {
+        "feedback": ("error feedback, one side", False, False, False),
+        "weighed": ("+ inputs weighed by what depends on them", True, False, False),
+        "drift": ("+ moved inputs made up for", True, True, False),
+        "outputs": ("+ feedback and scales after the outputs' sensitivities", True, True, True),
+    }
+    return {
+        f"step-{name}": Recipe(title, "trellis", partial(_step, drift, outputs), True, sensitive, True)
+        for name, (title, sensitive, drift, outputs) in steps.items()
+    }
+
+
 #: Every recipe by its name.
-RECIPES = _rtn_recipes() | _gptq_recipes() | _awq_recipes() | _ggml_recipes() | _own_recipes()
+RECIPES = _rtn_recipes() | _gptq_recipes() | _awq_recipes() | _ggml_recipes() | _own_recipes() | _ladder_recipes()
+#: Steps on the way from plain rounding to the default effort, in their order.
+LADDER = tuple(_ladder_recipes())
 #: One of each kind; the others are variants of these.
 MAIN = (
     *("int8", "int4", "int3", "int4-group", "int3-group", "gptq-4", "gptq-3-search", "awq-4", "awq-3"),

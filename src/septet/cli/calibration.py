@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from septet.checkpoint.stream import Progress
     from septet.model import LayerPlan
 
-__all__ = ["calibrate_with", "calibration_name", "write_windows"]
+__all__ = ["SENSITIVITY_CONTEXT", "calibrate_with", "calibration_name", "write_windows"]
 
 _CONTEXT = 512
 #: Sensitivities are measured on the beginnings of the windows; half of the tokens do.
-_SENSITIVITY_CONTEXT = 256
+SENSITIVITY_CONTEXT = 256
 
 
 def calibration_name(choice: str) -> str:
@@ -69,7 +69,7 @@ def calibrate_with(
         windows = torch.from_numpy(np.load(kept, allow_pickle=False))
         sensitivity = None
         if options.effort >= 2:
-            beginnings = windows[:, :_SENSITIVITY_CONTEXT].contiguous()
+            beginnings = windows[:, :SENSITIVITY_CONTEXT].contiguous()
             sensitivity = _measured(model, layers, beginnings, options.seed, threads, folder, show)
         return Calibrator(model, layers, windows, threads, sensitivity)
 
