@@ -12,7 +12,7 @@ from command import quantized, septet, septet_json, text_file  # noqa: F401
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.stream import Hooks, quantize_checkpoint
 from septet.errors import OptionError
-from septet.loading import plan_checkpoint
+from septet.loading import load_model, plan_checkpoint
 
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 # ruff: noqa: F811 (fixtures are imported names)
@@ -95,6 +95,11 @@ def test_any_average_between_the_widths(effort: int, tiny_model_dir: Path, tmp_p
     assert (made["effort"], made["allocation"], made["bits_per_weight"]) == (effort, "measured", 3.3)
     assert 3.0 < stored_average(tmp_path / "out") <= 3.3
     assert septet("verify", tmp_path / "out").exit_code == 0
+    for engine in ("native", "transformers"):
+        result = septet("run", tmp_path / "out", "ab", "--max-new-tokens", 2, "--engine", engine)
+        assert result.exit_code == 0, result.stderr
+    load_model(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    assert stored_average(tmp_path / "saved") == stored_average(tmp_path / "out")
 
 
 def test_effort_3_keeps_what_loses_less(tiny_model_dir: Path, tmp_path: Path) -> None:

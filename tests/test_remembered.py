@@ -55,16 +55,26 @@ def run(block: Block, memory: Remembered, done: set[str], rows: torch.Tensor, nu
 
 def test_only_finished_parts_are_remembered() -> None:
     block, rows = Block(), torch.randn(3, 4)
-    memory, calls = Remembered(block), lambda: (block.first.a.calls, block.first.b.calls, block.second.calls)
+    memory, calls = Remembered(block), lambda: (block.first.a.calls, block.second.calls)
     with torch.no_grad():
         expected = block(rows)
     counted = []
     for done in ({"first.a"}, {"first.a"}, {"first.a", "first.b"}, {"first.a", "first.b"}, set(LAYERS), set(LAYERS)):
         assert torch.equal(run(block, memory, done, rows), expected)
         counted.append(calls())
-    # One part of two; then the whole part, which asks b once more; then the last layer.
-    assert counted == [(2, 2, 2), (2, 3, 3), (2, 4, 4), (2, 4, 5), (2, 4, 6), (2, 4, 6)]
+    # Half a part is asked every time, a whole one once, like the last layer.
+    assert counted == [(2, 2), (3, 3), (4, 4), (4, 5), (4, 6), (4, 6)]
     assert "forward" not in block.first.__dict__, "outside of the context the block is as it was"
+
+
+def test_the_last_pass_remembers_nothing() -> None:
+    block, rows = Block(), torch.randn(3, 4)
+    memory = Remembered(block)
+    for _ in range(2):
+        with torch.no_grad(), memory.reusing(LAYERS, LAYERS, last=True):
+            memory.window(0)
+            block(rows)
+    assert block.second.calls == 2
 
 
 def test_another_window_or_argument_is_computed_anew() -> None:

@@ -23,7 +23,7 @@ SCHEMA = 1
 #: Tables that are plotted, and where.
 PLOTS = {"comparison": ROOT / "docs" / "quality.svg", "dithered": ROOT / "docs" / "quality-dithered.svg"}
 #: In these tables rows keep the order that the results ask for; all others are sorted by bits.
-ORDERED = ("ladder",)
+ORDERED = ("ladder", "efforts", "seeds")
 REQUIRED = {
     *("schema", "name", "title", "family", "tables", "protocol", "activations", "effective_bits", "tokens", "windows", "seconds"),
     *("kld_mean", "kld_stderr", "kld_p99", "top1_agreement", "perplexity", "perplexity_stderr", "reference_perplexity"),

@@ -184,6 +184,8 @@ class Calibrator:
                     total.add(np.concatenate(rows))
             for (_, moved), _ in results:
                 drift = None if drift is None or moved is None else drift + moved
+        for key in watched:
+            self._original_inputs.pop(key, None)
         return total, drift
 
     def _with_drift(self, number: int, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -227,7 +229,7 @@ class Calibrator:
             return look(item[0], seen.inputs), output
 
         try:
-            with self._remembered.reusing(self._members, self._taken):
+            with self._remembered.reusing(self._members, self._taken, last=not watched):
                 yield from map_windows(work, list(enumerate(hidden)), self._threads)
         finally:
             for hook in hooks:

@@ -20,10 +20,10 @@ __all__ = ["Remembered"]
 
 
 class Remembered:
-    """Results of modules inside one block, by name and window: as many values as the modules return.
+    """Results of a block's children, by name and window.
 
     Args:
-        block: whose modules they are.
+        block: whose children they are.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -36,38 +36,35 @@ class Remembered:
         self._local.number = number
 
     @contextmanager
-    def reusing(self, layers: Set[str], done: Set[str]) -> Iterator[None]:
-        """Inside this, modules that hold quantized layers only answer from memory where they can.
+    def reusing(self, layers: Set[str], done: Set[str], last: bool = False) -> Iterator[None]:
+        """Inside this, children all of whose layers are done answer from memory where they can.
 
         Args:
             layers: names of all layers to quantize, within the block.
             done: those whose weights do not change any more.
+            last: there is no pass after this one, so nothing new is remembered.
         """
-        finished = {name: module for name, module in self._block.named_modules() if name and _is_finished(name, layers, done)}
-        # What a remembered module consists of is not asked any more.
-        stored = [name for name in finished if name in self._calls]
-        for name in stored:
-            for inner in [other for other in self._calls if other.startswith(f"{name}.")]:
-                del self._calls[inner]
+        finished = {name: module for name, module in self._block.named_children() if _is_finished(name, layers, done)}
         for name, module in finished.items():
-            if not any(name.startswith(f"{outer}.") for outer in stored):
-                module.forward = self._remembering(name, module.forward)
+            module.forward = self._remembering(name, module.forward, not last)
         try:
             yield
         finally:
             for module in finished.values():
                 module.__dict__.pop("forward", None)
 
-    def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering(self, name: str, forward: Callable[..., Any], keep: bool) -> Callable[..., Any]:
         """`forward` of a module, unless it has been called for this window with the same arguments."""
-        calls = self._calls.setdefault(name, {})
+        calls = self._calls.setdefault(name, {}) if keep else self._calls.get(name, {})
 
         def call(*positional: Any, **named: Any) -> Any:
             known = calls.get(self._local.number)
-            if known is None or not same_arguments(known[0], (positional, named)):
-                known = (positional, named), forward(*positional, **named)
-                calls[self._local.number] = known
-            return _copied(known[1])
+            if known is not None and same_arguments(known[0], (positional, named)):
+                return _copied(known[1])
+            output = forward(*positional, **named)
+            if keep:
+                calls[self._local.number] = (positional, named), _copied(output)
+            return output
 
         return call
 

@@ -42,10 +42,11 @@ def map_windows(
         with torch.set_grad_enabled(gradients):
             return work(item)
 
-    for start in range(0, len(items), WINDOWS_AT_ONCE):
-        with _one_thread_each(), ThreadPoolExecutor(min(threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
-            results = list(pool.map(quietly, items[start : start + WINDOWS_AT_ONCE]))
-        yield results
+    with ThreadPoolExecutor(min(threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
+        for start in range(0, len(items), WINDOWS_AT_ONCE):
+            with _one_thread_each():
+                results = list(pool.map(quietly, items[start : start + WINDOWS_AT_ONCE]))
+            yield results
 
 
 @contextmanager

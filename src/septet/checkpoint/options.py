@@ -9,13 +9,18 @@ from septet.kernels.weights import SEGMENTS
 from septet.quantize.ranges import METHODS
 from septet.quantize.split import GRANULARITIES
 
-__all__ = ["CALIBRATION_TOKENS", "FORMAT_VERSION", "HEADS", "QuantizeOptions"]
+__all__ = ["CALIBRATION_TOKENS", "FORMAT_VERSION", "HEADS", "QuantizeOptions", "allocation_of"]
 
 FORMAT_VERSION = 0
 HEADS = ("int8", "trellis", "keep")
 _BITS_PER_PAIR = {"trellis": {3.0: 6, 3.5: 7, 4.0: 8}, "split": {3.5: 7}}
 #: How many tokens each effort calibrates with, unless told otherwise.
 CALIBRATION_TOKENS = (0, 8_192, 16_384, 32_768)
+
+
+def allocation_of(bits_per_weight: float) -> str:
+    """The allocation that an average asks for: "uniform" where one width for all layers gives it, else "measured"."""
+    return "uniform" if bits_per_weight in _BITS_PER_PAIR["trellis"] else "measured"
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,13 @@ def quantize(
     if device != "cpu":
         raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
     from septet import checkpoint
+    from septet.checkpoint.options import allocation_of
 
     effort, calibration = effort_and_calibration(effort, calibration)
     options = checkpoint.QuantizeOptions(
         code=code.value,
         bits_per_weight=bits,
-        allocation="uniform" if bits in (3.0, 3.5, 4.0) else "measured",
+        allocation=allocation_of(bits),
         effort=effort,
         head=head.value,
         activations=activations.value,

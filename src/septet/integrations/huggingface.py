@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from septet import model as models
 from septet.checkpoint.description import checksums_of, layers_of, quantization_of
-from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
+from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions, allocation_of
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.integrations import loaded_model, saved_model, tensor_parallel
 from septet.integrations.on_the_fly import quantize_model
@@ -64,17 +64,22 @@ class SeptetConfig(QuantizationConfigMixin):
         for name in options:
             if name not in _OPTIONS:
                 raise OptionError(f"an option must be one of {', '.join(_OPTIONS)}", name, "correct the option")
-        chosen = QuantizeOptions(**options)
-        for name in _OPTIONS:
-            setattr(self, name, getattr(chosen, name))
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.layers = layers or {}
         self.crc32 = crc32 or {}
+        chosen = self._checked(options)
+        for name in _OPTIONS:
+            setattr(self, name, getattr(chosen, name))
 
     @property
     def options(self) -> QuantizeOptions:
         """The options, checked."""
-        return QuantizeOptions(**{name: getattr(self, name) for name in _OPTIONS})
+        return self._checked({name: getattr(self, name) for name in _OPTIONS})
+
+    def _checked(self, options: dict[str, object]) -> QuantizeOptions:
+        """A finished checkpoint may have widths by layer; while a model is loaded, all layers get the same."""
+        bits = options.get("bits_per_weight", QuantizeOptions.bits_per_weight)
+        return QuantizeOptions(**options, allocation=allocation_of(bits) if self.layers else "uniform")
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
