@@ -119,7 +119,7 @@ def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantiz
         (["--calibration", "text.txt"], ["the text must be a readable file", "text.txt"]),
         (["--effort", "0", "--calibration", "self"], ["efforts above 0 and calibration need each other"]),
         (["--effort", "2", "--calibration", "none"], ["efforts above 0 and calibration need each other"]),
-        (["--device", "cuda"], ["device must be cpu, got cuda", "later version"]),
+        (["--device", "gpu"], ["device must be cpu, cuda or cuda:N, got gpu", "correct the option"]),
         (["--bits", "5"], ["bits of code trellis must be 3.0 to 4.0", "got 5.0"]),
         (["--code", "split", "--bits", "3"], ["bits of code split must be 3.5, got 3.0"]),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
 from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
-from septet.checkpoint.jobs import Calibration, Job, list_jobs, quantize_job
+from septet.checkpoint.jobs import Calibration, Job, Quantizer, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
@@ -53,6 +53,7 @@ class Run:
         threads: 0 is the default number.
         progress: called with every Progress.
         calibration: for error feedback; None: plain rounding.
+        quantizer: of groups of layers; None: `quantize_group`.
     """
 
     workspace: Workspace
@@ -61,6 +62,7 @@ class Run:
     threads: int
     progress: Callable[[Progress], None]
     calibration: Calibration | None = None
+    quantizer: Quantizer | None = None
 
 
 #: Tensor key -> shard and first byte in it.
@@ -122,7 +124,8 @@ def _quantize(run: Run, job: Job, places: _Places) -> None:
     """Quantize a group of layers, write their tensors, record them."""
     checksums: dict[str, str] = {}
     layers: dict[str, dict] = {}
-    for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads, run.calibration)):
+    made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
+    for layer, quantized in zip(job.layers, made):
         layers[layer.name] = quantized.config() | layer.config()
         for part, array in quantized.tensors().items():
             key = f"{layer.name}.{part}"

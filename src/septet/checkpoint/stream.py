@@ -1,7 +1,8 @@
 """Quantize a whole checkpoint, one group of layers at a time, in memory bounded by the largest group.
 
 Everything happens in OUT.partial (see `workspace`); OUT appears complete or not at all. The bytes depend on the source, the
-options and the version of septet alone: not on threads, the clock, or on how often the run was interrupted.
+options and the version of septet alone (and, with calibration, on the kind of device): not on threads, the clock, or on how often the
+run was interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from septet import __version__
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
-from septet.checkpoint.jobs import Calibration
+from septet.checkpoint.jobs import Calibration, Quantizer
 from septet.checkpoint.options import QuantizeOptions
 from septet.checkpoint.widths import choose_widths
 from septet.checkpoint.workspace import Workspace, writing
@@ -36,12 +37,14 @@ class Hooks:
         convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
         calibrate: (opened source, layers, folder) -> calibration; needed when the options ask for one. The folder is for what it wants to
             find again after an interruption; it goes away with OUT.partial.
+        quantizer: who quantizes groups of layers, for instance on a GPU; None: NumPy and the native encoder.
     """
 
     plan: Callable[[ModelDirectory, QuantizeOptions], list[LayerPlan]]
     progress: Callable[[Progress], None] = lambda event: None
     convert_gguf: Callable[[Path, Path], None] | None = None
     calibrate: Callable[[ModelDirectory, list[LayerPlan], Path], Calibration] | None = None
+    quantizer: Quantizer | None = None
 
 
 def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks: Hooks, resume: bool = False, threads: int = 0) -> bool:
@@ -76,7 +79,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
         layers = hooks.plan(directory, options)
         calibration = _calibration(directory, layers, options, hooks, workspace.calibration)
         layers = choose_widths(directory, layers, options, calibration)
-        fill(Run(workspace, directory, options, threads, hooks.progress, calibration), layers, made_from)
+        fill(Run(workspace, directory, options, threads, hooks.progress, calibration, hooks.quantizer), layers, made_from)
         workspace.finish()
     finally:
         workspace.close()
