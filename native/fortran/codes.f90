@@ -127,10 +127,11 @@ contains
     four_bytes = ior(four_bytes, ishft(octet(bytes(offset + 3)), 24))
   end function four_bytes
 
-  !> Tiles of code "split": the lower 14 bits of words(h, 1, t) and words(h, 2, t) are the fields of outputs 2*h - 2 and 2*h - 1 of tile t
+  !> Tiles of code "split": the lower 14 bits of words(h, j, t) are the fields of output 2*h + j - 3 of tile t (outputs 0 .. 63)
   !
-  ! Two outputs take 28 bits, so seven 32-bit pieces hold sixteen: half q lies q - 1 pieces from the begin and ends in the next one. All
-  ! steps are vectors without look-ups, but neighbours end up 32 places apart; `in_order` puts sums in line again.
+  ! Two outputs take 28 bits, so eight such halves fill seven pieces of 32 bits: half q = 0 .. 7 begins in the piece before piece q
+  ! and ends in piece q. Every step is a plain vector operation, with the two outputs of a half in two vectors; `in_order` puts the
+  ! sums of all outputs in line again.
   pure subroutine split_words(tiles, bytes, words)
     integer, intent(in) :: tiles
     integer(c_int8_t), intent(in) :: bytes(112 * tiles)

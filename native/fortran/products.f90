@@ -1,8 +1,8 @@
 ! The core: products of int8 activations with packed weights, one row of tiles (64 outputs) at a time
 !
 ! y = sum over segments of scale * (exact integer sum of the segment). Integers are exact in any order; the float steps are in the
-! order of SPEC.md section 5. A chunk of eight tiles is decoded once and used by all tokens. Two products of a level or field with an
-! activation fit 16 bits (2 * 127 * 128 < 2**15), and so do those of eight tiles of fields (16 * 15 * 128): that fills vectors best.
+! order of SPEC.md section 5. A chunk of eight tiles is decoded once and used by all tokens. Two products of a level or field with
+! an activation fit 16 bits (2 * 127 * 128 < 2**15), and so do those of eight tiles of fields (16 * 15 * 128): that fills vectors best.
 module septet_products
   use, intrinsic :: iso_c_binding, only: c_float, c_int8_t, c_int16_t, c_int32_t, c_int64_t
   use septet_codes, only: chunk, in_order, split_words, tile_inputs, tile_outputs, trellis_tile
