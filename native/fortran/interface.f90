@@ -14,7 +14,7 @@ module septet_interface
   use septet_layers, only: code_split, code_trellis, dequantize, layer, linear, padded_inputs, &
                            padded_outputs, product_float, product_int8
   use septet_products, only: trellis_row_sums
-  use septet_trellis_search, only: encode_tile
+  use septet_trellis_encoder, only: encode_tile
   implicit none
   private
 
@@ -107,7 +107,7 @@ contains
     if (error /= ok) return
     call c_f_pointer(levels, chosen, [2, 65536])
     error = wrong_range
-    if (any(chosen == -128_c_int8_t)) return
+    if (any(chosen < -127_c_int8_t)) return
     error = search(chosen, fixed, tiles, bits, symbols, threads)
   end function septet_trellis_search
 
