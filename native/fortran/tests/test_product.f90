@@ -73,7 +73,7 @@ contains
     integer(c_int8_t) :: packed(128, 1), x(4, 1), both(4)
     integer(c_int32_t) :: sums(64, 1), window, swapped
     integer :: wrong
-    x(:, 1) = [-128_c_int8_t, 127_c_int8_t, 3_c_int8_t, -77_c_int8_t]
+    x(:, 1) = int([-128, 127, 3, -77], c_int8_t)
     wrong = 0
     do window = 0, 65535
       swapped = ishftc(window, 8, 16)
@@ -92,7 +92,7 @@ contains
     real(c_float) :: scales(1, 1), step(64, 2), y(64, 1)
     integer :: p, code(2), wanted(2, 64)
     call pack_tile([(byte_of(p), p=0, 127)], 7, packed(:, 1))
-    x(:, 1) = [-128_c_int8_t, 127_c_int8_t, 3_c_int8_t, -77_c_int8_t]
+    x(:, 1) = int([-128, 127, 3, -77], c_int8_t)
     do p = 1, 64
       code = [2 * p - 2, 2 * p - 1]
       wanted(1, p) = sum((iand(code, 15) - 8) * int(x(1::2, 1)))
