@@ -3,7 +3,6 @@
 // vpmaddubsw wants an unsigned and a signed operand. For one or two tokens the magnitudes of the levels are the unsigned one, and their signs go to the
 // activations; decoded levels keep theirs, |x| is unsigned and its sign goes to the level. 2 * 128 * 127 fits int16, so nothing saturates.
 #include "avx2_steps.h"
-#include "model_steps.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
@@ -67,8 +66,6 @@ void trellis_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums
 }
 
 }  // namespace
-
-const ModelSteps kAvx2ModelSteps = kModelSteps;
 
 const KernelTable kAvx2Kernels = {
     "avx2", 0, kFusedRows,

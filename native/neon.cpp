@@ -1,5 +1,4 @@
 // NEON of any AArch64 processor: products as int16, added up in pairs. See neon_steps.h.
-#include "model_steps.h"
 #include "neon_steps.h"
 #include "viterbi_kernel.h"
 
@@ -17,8 +16,6 @@ struct LongDot {
 };
 
 }  // namespace
-
-const ModelSteps kNeonModelSteps = kModelSteps;
 
 const KernelTable kNeonKernels = {
     "neon", 0, kFusedRows,
