@@ -10,15 +10,10 @@ namespace {
 
 template <int bits>
 struct SignedDecoder : TrellisDecoder<bits> {
-    template <int step>
-    __m256i decode(const uint8_t* tile) const {
-        const SignedBytes levels = this->template signed_levels<step>(tile);
-        return _mm256_sign_epi8(levels.magnitude, levels.sign);
-    }
-    template <int step>
-    SignedBytes factors(const uint8_t* tile) const { return this->template signed_levels<step>(tile); }
+    static constexpr int32_t bias = 0;
     static __m256i weights(const SignedBytes& levels) { return levels.magnitude; }
     static __m256i inputs(const SignedBytes& levels, __m256i four) { return _mm256_sign_epi8(four, levels.sign); }
+    static __m256i decoded(const SignedBytes& levels) { return _mm256_sign_epi8(levels.magnitude, levels.sign); }
 };
 
 struct PairDot {
@@ -46,15 +41,15 @@ struct WideRow {
     static __m256i add_product(__m256i sum, __m256i w, __m256i x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
 };
 
+// -(-128) is no int8. Our own rounding never makes it, but any int8 is allowed.
 bool holds_lowest(const int8_t* x, int64_t count) {
     bool found = false;
     for (int64_t i = 0; i < count; i++) found |= x[i] == -128;
     return found;
 }
 
-// -(-128) is no int8: activations that hold it, which our rounding never makes, are multiplied with decoded levels.
 template <int bits>
-void trellis_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+void packed_levels(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
     bool lowest = false;
     for (int64_t r = 0; r < x.count; r++) lowest |= holds_lowest(x.data + r * x.stride, tiles * kTileInputs);
     if (!lowest) return packed_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, sums);
@@ -65,13 +60,25 @@ void trellis_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums
     }
 }
 
+template <int bits>
+void segmented_levels(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    if (!holds_lowest(x.data, tiles * kTileInputs)) return segment_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+    std::memset(y, 0, kTileOutputs * sizeof(float));
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        int32_t sums[kTileOutputs] = {};
+        packed_levels<bits>(packed + first * tile_bytes(bits), count, {x.data + first * kTileInputs, 0, 1}, sums);
+        add_segment(sums, x.scales[segment], y);
+    }
+}
+
 }  // namespace
 
 const KernelTable kAvx2Kernels = {
     "avx2", 0, kFusedRows,
     {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>},
-    {packed_product<SplitDecoder, PairDot>, trellis_product<6>, trellis_product<7>, trellis_product<8>},
-    {nullptr, nullptr, nullptr, nullptr},
+    {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
+    {nullptr, segmented_levels<6>, segmented_levels<7>, segmented_levels<8>},
     nullptr,
     decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

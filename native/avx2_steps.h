@@ -2,7 +2,7 @@
 //
 // Included by avx2.cpp and avxvnni.cpp, each compiled with its own flags. A step is 16 pairs, 8 outputs, one per 32-bit lane. Eight outputs are 2*bits bytes:
 // one load brings them to both halves, vpshufb brings each lane its bytes, and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are
-// 4 vpshufb (see `magnitudes`), the sign is the seventh index bit. A Dot says how four products are added to a lane.
+// 4 vpshufb (see TrellisDecoder), the sign is the seventh index bit. A Dot says how four products are added to a lane.
 #pragma once
 #include <immintrin.h>
 
@@ -100,6 +100,7 @@ constexpr bool is_odd_symmetric(const TrellisTable& table) {
 
 template <int width>
 struct TrellisDecoder : Windows<width> {
+    using Factors = SignedBytes;
     static constexpr const TrellisTable& kTable = kTrellisTables[width - 6];
     static_assert(is_odd_symmetric(kTable), "index bit 6 is the sign");
     static constexpr Differences kDifferences{kTable};
@@ -107,75 +108,114 @@ struct TrellisDecoder : Windows<width> {
     const __m256i c_low = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier & 0xFFFF)), c_high = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier >> 16));
     const __m256i index_mask = _mm256_set1_epi8(63), sixteen = _mm256_set1_epi8(16);
 
+    // Levels of 8 outputs each from steps first .. first + n - 1: magnitudes, and what vpsignb wants for a sign, index bit 6 on top and never 0.
     // vpshufb looks at the low 4 bits of an index and gives 0 when bit 7 is set: table t joins in when index - 16*t is not negative.
-    __m256i magnitudes(__m256i index) const {
-        __m256i found = _mm256_shuffle_epi8(table[0], index);
+    // Steps go through each stage together, which hides how long one of them takes.
+    template <int first, int n>
+    void read(const uint8_t* tile, SignedBytes (&levels)[n]) const {
+        __m256i hash[n], index[n];
+        repeat<n>([&](auto i) {
+            const __m256i window = this->template cut<first + decltype(i)::value>(tile);
+            hash[i] = _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high));
+        });
+        repeat<n>([&](auto i) {
+            index[i] = _mm256_and_si256(hash[i], index_mask);
+            levels[i].sign = doubled_plus_one(hash[i]);
+        });
+        repeat<n>([&](auto i) { levels[i].magnitude = _mm256_shuffle_epi8(table[0], index[i]); });
         for (int t = 1; t < 4; t++) {
-            index = _mm256_sub_epi8(index, sixteen);
-            found = _mm256_xor_si256(found, _mm256_shuffle_epi8(table[t], index));
+            repeat<n>([&](auto i) { index[i] = _mm256_sub_epi8(index[i], sixteen); });
+            repeat<n>([&](auto i) { levels[i].magnitude = _mm256_xor_si256(levels[i].magnitude, _mm256_shuffle_epi8(table[t], index[i])); });
         }
-        return found;
-    }
-
-    // Levels of 8 outputs: magnitudes, and what vpsignb wants for a sign, index bit 6 on top and never 0.
-    template <int step>
-    SignedBytes signed_levels(const uint8_t* tile) const {
-        const __m256i window = this->template cut<step>(tile);
-        const __m256i hash = _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high));
-        return {magnitudes(_mm256_and_si256(hash, index_mask)), doubled_plus_one(hash)};
     }
 };
 
+// A Decoder makes Factors of some steps; weights() and inputs() make of each the unsigned and the signed operand of a Dot, decoded() what a buffer holds.
 // Fields are unsigned operands as they are.
 struct SplitDecoder : Windows<7> {
-    const __m256i first = _mm256_set1_epi16(0x000F), second = _mm256_set1_epi16(0x0700);
+    using Factors = __m256i;
+    const __m256i first_field = _mm256_set1_epi16(0x000F), second_field = _mm256_set1_epi16(0x0700);
 
-    template <int step>
-    __m256i decode(const uint8_t* tile) const {
-        const __m256i window = cut<step>(tile);
-        return _mm256_or_si256(_mm256_and_si256(window, first), _mm256_and_si256(_mm256_slli_epi16(window, 4), second));
+    template <int first, int n>
+    void read(const uint8_t* tile, __m256i (&fields)[n]) const {
+        repeat<n>([&](auto i) {
+            const __m256i window = cut<first + decltype(i)::value>(tile);
+            fields[i] = _mm256_or_si256(_mm256_and_si256(window, first_field), _mm256_and_si256(_mm256_slli_epi16(window, 4), second_field));
+        });
     }
-    template <int step>
-    __m256i factors(const uint8_t* tile) const { return decode<step>(tile); }
     static __m256i weights(__m256i fields) { return fields; }
     static __m256i inputs(__m256i, __m256i four) { return four; }
+    static __m256i decoded(__m256i fields) { return fields; }
 };
+
+constexpr int kGroup = 4;  // steps at once
 
 template <class Decoder>
 [[gnu::flatten]] void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const Decoder decoder;
     for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
         prefetch_tile(packed);
-        repeat<kSteps>([&](auto step) { store_any(decoded + 32 * step, decoder.template decode<step>(packed)); });
+        repeat<kSteps / kGroup>([&](auto group) {
+            constexpr int first = decltype(group)::value * kGroup;
+            typename Decoder::Factors factors[kGroup];
+            decoder.template read<first>(packed, factors);
+            repeat<kGroup>([&](auto i) { store_any(decoded + 32 * (first + i), decoder.decoded(factors[i])); });
+        });
     }
 }
 
 constexpr int kFusedRows = 2;
 
-// Decoder::factors are what it makes of a step; weights() and inputs() make of them the unsigned and the signed operand of Dot. The sums of a tile fill half of
-// the registers, so two rows take two passes, each over half of every tile.
+// sums [rows][64] += the groups `begin` .. `end` - 1 of some tiles @ x.
+template <class Dot, int begin, int end, int rows, class Decoder>
+void add_tiles(const Decoder& decoder, const uint8_t* tile, int64_t tiles, const int8_t* input, int64_t stride, __m256i (&sum)[rows][kSteps]) {
+    for (int64_t t = 0; t < tiles; t++, tile += tile_bytes(Decoder::bits), input += kTileInputs) {
+        prefetch_tile(tile);
+        __m256i four[rows];
+        repeat<rows>([&](auto r) { four[r] = broadcast_four(input + r * stride); });
+        repeat<end - begin>([&](auto group) {
+            constexpr int first = (begin + decltype(group)::value) * kGroup;
+            typename Decoder::Factors factors[kGroup];
+            decoder.template read<first>(tile, factors);
+            repeat<rows>([&](auto r) {
+                __m256i inputs[kGroup];
+                repeat<kGroup>([&](auto i) { inputs[i] = decoder.inputs(factors[i], four[r]); });
+                repeat<kGroup>([&](auto i) { sum[r][first + i] = Dot::add(sum[r][first + i], decoder.weights(factors[i]), inputs[i]); });
+            });
+        });
+    }
+}
+
+// The sums of a tile fill half of the registers, so two rows take two passes, each over half of every tile.
 template <class Decoder, class Dot>
 [[gnu::flatten]] void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
     const Decoder decoder;
     in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, registers = kSteps / rows;
-        repeat<rows>([&](auto part) {
-            const int8_t* input = x.data + first * x.stride;
-            const uint8_t* tile = packed;
-            int32_t* y = sums + first * kTileOutputs + part * registers * 8;
-            __m256i sum[rows][registers], four[rows];
-            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
-            for (int64_t t = 0; t < tiles; t++, tile += tile_bytes(Decoder::bits), input += kTileInputs) {
-                prefetch_tile(tile);
-                repeat<rows>([&](auto r) { four[r] = broadcast_four(input + r * x.stride); });
-                repeat<registers>([&](auto q) {
-                    const auto factors = decoder.template factors<decltype(part)::value * registers + decltype(q)::value>(tile);
-                    repeat<rows>([&](auto r) { sum[r][q] = Dot::add(sum[r][q], decoder.weights(factors), decoder.inputs(factors, four[r])); });
-                });
-            }
-            repeat<rows, registers>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
-        });
+        constexpr int rows = decltype(row_count)::value, groups = kSteps / kGroup;
+        const int8_t* input = x.data + first * x.stride;
+        int32_t* y = sums + first * kTileOutputs;
+        __m256i sum[rows][kSteps];
+        repeat<rows, kSteps>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
+        add_tiles<Dot, 0, groups / rows, rows>(decoder, packed, tiles, input, x.stride, sum);
+        if constexpr (rows > 1) add_tiles<Dot, groups / rows, groups, rows>(decoder, packed, tiles, input, x.stride, sum);
+        repeat<rows, kSteps>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
     });
+}
+
+// One token from the first segment to the last; levels are too large by Decoder::bias.
+template <class Decoder, class Dot>
+[[gnu::flatten]] void segment_product(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    const Decoder decoder;
+    repeat<kSteps>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_setzero_ps()); });
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        const __m256i excess = _mm256_set1_epi32(-Decoder::bias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        __m256i sum[1][kSteps];
+        repeat<kSteps>([&](auto q) { sum[0][q] = excess; });
+        add_tiles<Dot, 0, kSteps / kGroup, 1>(decoder, packed + first * tile_bytes(Decoder::bits), count, x.data + first * kTileInputs, 0, sum);
+        const __m256 scale = _mm256_set1_ps(x.scales[segment]);
+        repeat<kSteps>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_add_ps(_mm256_loadu_ps(y + 8 * q), _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[0][q])))); });
+    }
 }
 
 // Operands says how decoded weights and four activations become the operands of Dot.

@@ -13,15 +13,10 @@ inline __m256i biased(__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-
 
 template <int bits>
 struct BiasedDecoder : TrellisDecoder<bits> {
-    template <int step>
-    __m256i decode(const uint8_t* tile) const {
-        const SignedBytes levels = this->template signed_levels<step>(tile);
-        return biased(_mm256_sign_epi8(levels.magnitude, levels.sign));
-    }
-    template <int step>
-    __m256i factors(const uint8_t* tile) const { return decode<step>(tile); }
-    static __m256i weights(__m256i level) { return level; }
-    static __m256i inputs(__m256i, __m256i four) { return four; }
+    static constexpr int32_t bias = kBias;
+    static __m256i decoded(const SignedBytes& levels) { return biased(_mm256_sign_epi8(levels.magnitude, levels.sign)); }
+    static __m256i weights(const SignedBytes& levels) { return decoded(levels); }
+    static __m256i inputs(const SignedBytes&, __m256i four) { return four; }
 };
 
 struct VnniDot {
@@ -51,7 +46,7 @@ const KernelTable kAvxVnniKernels = {
     {decode_tiles<SplitDecoder>, decode_tiles<BiasedDecoder<6>>, decode_tiles<BiasedDecoder<7>>, decode_tiles<BiasedDecoder<8>>},
     {packed_product<SplitDecoder, VnniDot>, packed_product<BiasedDecoder<6>, VnniDot>, packed_product<BiasedDecoder<7>, VnniDot>,
      packed_product<BiasedDecoder<8>, VnniDot>},
-    {nullptr, nullptr, nullptr, nullptr},
+    {nullptr, segment_product<BiasedDecoder<6>, VnniDot>, segment_product<BiasedDecoder<7>, VnniDot>, segment_product<BiasedDecoder<8>, VnniDot>},
     nullptr,
     decoded_product<BiasedLevels, VnniDot>, row_product_with<BiasedRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

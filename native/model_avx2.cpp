@@ -1,4 +1,4 @@
-// The steps of model_table.h for AVX2 (and AVX-VNNI, which changes nothing about them): plain vector code, so only the flags of this file differ.
+// The steps of model_table.h for AVX2, with VNNI or without: plain vector code, so only the flags of this file differ.
 #include "model_steps.h"
 
 namespace septet {

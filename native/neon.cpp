@@ -27,7 +27,7 @@ const KernelTable kNeonKernels = {
     decoded_product<LongDot>, row_product<LongDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_neon,
-    &kNeonModelSteps,
+    &kPlainModelSteps,
 };
 
 }  // namespace septet

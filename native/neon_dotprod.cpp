@@ -14,7 +14,7 @@ const KernelTable kNeonDotprodKernels = {
     decoded_product<FourDot>, row_product<FourDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_neon,
-    &kNeonModelSteps,
+    &kPlainModelSteps,
 };
 
 }  // namespace septet

@@ -72,7 +72,7 @@ const KernelTable kNeonI8mmKernels = {
     matrix_product, row_product<FourDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_neon,
-    &kNeonModelSteps,
+    &kPlainModelSteps,
 };
 
 }  // namespace septet
