@@ -126,12 +126,12 @@ inline void trellis_products(Results& results, Random& random) {
 
 // All inputs of one sign at the largest levels, where sums and biases are as long as they get.
 inline void longest_sums(Results& results) {
-    constexpr int64_t columns = 7168, tokens = 2;
+    constexpr int64_t columns = 7168, tokens = 3;
     const std::vector<uint8_t> packed(columns * 128, 0x5A);
     const septet_tiles matrix = {packed.data(), 1, columns, 8};
     for (int value : {127, -127, -128}) {
         const std::vector<int8_t> x(tokens * 4 * columns, static_cast<int8_t>(value));
-        for (int64_t count = 1; count <= tokens; count++) {
+        for (int64_t count : {int64_t{1}, tokens}) {  // decoded on the way, and into a buffer
             std::vector<int32_t> sums(static_cast<size_t>(count) * 64);
             require(septet_trellis_accumulate(&matrix, x.data(), count, sums.data(), 1));
             results.add("long sums", sums);
