@@ -179,9 +179,7 @@ def test_weights_that_contradict_the_config(source: Path, out: Path) -> None:
         checkpoints.write_shard(source / "model.safetensors", changed)
         with pytest.raises(CheckpointError, match=message):
             checkpoints.quantize(source, out)
-        for file in (out.parent / "out.partial").iterdir():
-            file.unlink()
-        (out.parent / "out.partial").rmdir()
+        assert [path.name for path in out.parent.iterdir()] == ["source"]
 
 
 def test_a_nan_is_named(source: Path, out: Path) -> None:
@@ -205,6 +203,26 @@ def test_a_source_that_is_not_there(tmp_path: Path, out: Path) -> None:
 
 
 # writing
+
+
+def test_a_run_that_fails_before_it_has_made_anything_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    everything = checkpoints.tensors()
+    everything["model.embed_tokens.weight"][7, 3] = 0x7FC0
+    checkpoints.write_shard(source / "model.safetensors", everything)
+    for resume in (False, True):
+        with pytest.raises(CodeRangeError, match="row 7"):
+            checkpoints.quantize(source, tmp_path / "new" / "folder" / "out", resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_somebody_else_put_into_an_unfinished_run_stays(source: Path, out: Path, tmp_path: Path) -> None:
+    def crash(directory: object, options: object) -> list:
+        (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+        raise UnsupportedModelError("a model must have layers", "none", "choose another one")
+
+    with pytest.raises(UnsupportedModelError):
+        quantize_checkpoint(source, out, checkpoint.QuantizeOptions(), Hooks(crash))
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
 
 
 def test_a_full_disk_keeps_what_is_done(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +260,7 @@ def test_two_runs_and_other_options_keep_apart(source: Path, out: Path) -> None:
     workspace = Workspace(out, {"options": 1}, resume=False)
     with pytest.raises(CheckpointError, match="one run at a time"):
         Workspace(out, {"options": 1}, resume=True)
+    workspace.record("job", crc32={}, layers={})
     workspace.close()
     with pytest.raises(CheckpointError, match="same source and options, got other options"):
         Workspace(out, {"options": 2}, resume=True)
