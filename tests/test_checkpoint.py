@@ -259,8 +259,8 @@ def test_a_damaged_journal_is_refused_or_its_jobs_are_done_again(line: int, dama
     interrupt(source, out, partial)
     lines = (partial / "journal").read_bytes().splitlines(keepends=True)
     whole = lines[line]
-    changed = {"bit": whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], "cut": whole[:30] + b"\n", "nul": bytes(20) + b"\n", "json": b"[1]\n"}
-    lines[line] = changed[damage]
+    flipped = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+    lines[line] = {"bit": flipped, "cut": whole[:30] + b"\n", "nul": bytes(20) + b"\n", "json": b"[1]\n"}[damage]
     (partial / "journal").write_bytes(b"".join(lines))
     if line == 0:
         with pytest.raises(CheckpointError, match="must begin with what is being made, got a damaged line; delete .*out.partial"):

@@ -14,7 +14,7 @@ from septet.checkpoint.layout import INDEX_NAME
 from septet.checkpoint.tensor_file import TensorEntry, TensorFile, open_tensor_file
 from septet.errors import CheckpointError
 
-__all__ = ["CONFIG_NAME", "ModelDirectory", "companion_files", "open_directory", "read_json", "shard_names"]
+__all__ = ["CONFIG_NAME", "ModelDirectory", "companion_files", "json_bytes", "open_directory", "read_json", "shard_names"]
 
 CONFIG_NAME = "config.json"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt"}
@@ -66,6 +66,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object", type(value).__name__, f"{path} is damaged; fetch it again")
     return value
+
+
+def json_bytes(value: object) -> bytes:
+    """A JSON file as every septet writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def open_directory(path: Path) -> ModelDirectory:

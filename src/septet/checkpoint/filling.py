@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
-from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
+from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files, json_bytes
+from septet.checkpoint.integrity import HASHES_NAME, crc32_text, hashes_of
 from septet.checkpoint.jobs import Calibration, Job, Quantizer, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
@@ -183,28 +182,16 @@ def _write_beside(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
     for name in companion_files(run.source.path):
         run.workspace.write_file(name, (run.source.path / name).read_bytes())
     if len(shards) > 1:
-        run.workspace.write_file(INDEX_NAME, _json_bytes(index_of(shards)))
+        run.workspace.write_file(INDEX_NAME, json_bytes(index_of(shards)))
     config = run.source.config | {"quantization_config": entry}
     if any(layer.source for job in jobs for layer in job.layers):
         config["tie_word_embeddings"] = False
-    run.workspace.write_file(CONFIG_NAME, _json_bytes(config))
+    run.workspace.write_file(CONFIG_NAME, json_bytes(config))
 
 
 def _write_hashes(run: Run, shards: list[Shard], made_from: dict) -> None:
     """Write septet.json, the last file."""
-    path = run.workspace.path
     run.progress(Progress("finish", HASHES_NAME))
-    names = {CONFIG_NAME, *companion_files(run.source.path), *(shard.name for shard in shards)} | (
-        {INDEX_NAME} if len(shards) > 1 else set()
-    )
-    hashes = {
-        "format_version": FORMAT_VERSION,
-        **made_from,
-        "headers": {shard.name: open_tensor_file(path / shard.name).header_sha256 for shard in shards},
-        "files": {name: sha256_of_file(path / name) for name in sorted(names)},
-    }
-    run.workspace.write_file(HASHES_NAME, _json_bytes(hashes))
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    others = [CONFIG_NAME, *companion_files(run.source.path), *([INDEX_NAME] if len(shards) > 1 else ())]
+    hashes = hashes_of(run.workspace.path, [shard.name for shard in shards], others)
+    run.workspace.write_file(HASHES_NAME, json_bytes({"format_version": FORMAT_VERSION, **made_from, **hashes}))
