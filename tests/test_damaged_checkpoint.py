@@ -106,6 +106,13 @@ def test_a_description_that_contradicts_the_tensors(change: Callable, message: s
         checkpoint.inspect(made)
 
 
+@pytest.mark.parametrize("value", ["0.1", [0.1], True, None, float("nan")])
+def test_an_error_that_is_no_number_is_not_shown(value: object, made: Path) -> None:
+    edit_config(made, lambda q: q["layers"][KEY].update(relative_error=value))
+    shown = [row["relative_error"] for row in checkpoint.inspect(made)["tensors"] if row["name"] == KEY]
+    assert shown == [None] or isinstance(value, float)
+
+
 def test_checksums_must_be_of_exactly_the_stored_tensors(made: Path) -> None:
     edit_config(made, lambda q: q["crc32"].update(ghost=q["crc32"].pop("model.norm.weight")))
     found = problems(made)
@@ -122,7 +129,7 @@ def test_tables_of_another_type(part: str, value: object, made: Path) -> None:
 
 def test_hashes_of_files_outside_are_not_looked_at(made: Path) -> None:
     hashes = json.loads((made / "septet.json").read_text())
-    for name in ("../secret", "/etc/passwd", ""):
+    for name in ("../secret", "/etc/passwd", "", "a\0b"):
         (made / "septet.json").write_text(json.dumps(hashes | {"files": {name: "0" * 64}}))
         assert any("do not trust this checkpoint" in problem for problem in problems(made))
 

@@ -140,7 +140,7 @@ def test_pickle_is_refused_with_a_hint(source: Path, out: Path) -> None:
         checkpoints.quantize(source, out)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b.safetensors", "", 7])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b.safetensors", "a\0.safetensors", "", 7])
 def test_an_index_cannot_leave_the_directory(name: object, tmp_path: Path) -> None:
     source = checkpoints.write_model(tmp_path / "source", shards=2)
     edit_json(source / "model.safetensors.index.json", lambda index: index["weight_map"].update({"model.norm.weight": name}))
@@ -266,9 +266,27 @@ def test_two_runs_and_other_options_keep_apart(source: Path, out: Path) -> None:
         Workspace(out, {"options": 2}, resume=True)
 
 
+def test_a_json_file_without_an_end_takes_no_memory(source: Path, out: Path) -> None:
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="config.json must have at most 100000000 bytes"):
+        checkpoints.quantize(source, out)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"code": "vq"}, {"bits_per_weight": 2.5}, {"code": "split", "bits_per_weight": 4.0}, {"head": "fp4"}, {"rotation_block": 96}],
+    [
+        {"code": "vq"},
+        {"bits_per_weight": 2.5},
+        {"bits_per_weight": float("nan"), "allocation": "measured"},
+        {"bits_per_weight": float("inf"), "allocation": "measured"},
+        {"seed": -1},
+        {"seed": 1 << 32},
+        {"calibration_tokens": 1 << 60},
+        {"code": "split", "bits_per_weight": 4.0},
+        {"head": "fp4"},
+        {"rotation_block": 96},
+    ],
 )
 def test_unknown_options(options: dict) -> None:
     with pytest.raises(OptionError, match="must be"):

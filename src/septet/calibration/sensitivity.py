@@ -27,10 +27,11 @@ from torch import nn
 from septet.calibration.blocks import Chain, find_blocks
 from septet.calibration.sums import InputSum, block_grams
 from septet.calibration.workers import Machine, at_work, map_windows
+from septet.errors import CheckpointError
 from septet.model import LayerPlan
 from septet.quantize.statistics import output_rows
 
-__all__ = ["Sensitivity", "measure", "save_array"]
+__all__ = ["Sensitivity", "load_array", "measure", "save_array"]
 
 
 class Sensitivity:
@@ -66,7 +67,7 @@ class Sensitivity:
         if self._folder is None:
             return self._arrays.get(key)
         file = self._file(key)
-        return np.load(file, allow_pickle=False) if file.is_file() else None
+        return load_array(file) if file.is_file() else None
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
@@ -75,8 +76,24 @@ class Sensitivity:
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array of any dtype and shape to an .npy file, which appears whole or not at all."""
     unfinished = path.with_suffix(".unfinished.npy")
-    np.save(unfinished, array)
+    with open(unfinished, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Read what `save_array` wrote; a file that says more than it holds takes no memory.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, EOFError, ValueError) as error:
+        hint = f"delete {path.parent} and run the same command with --resume"
+        raise CheckpointError(f"{path.name} must hold an array", error, hint) from error
 
 
 def measure(

@@ -19,6 +19,7 @@ from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
 from septet.checkpoint.jobs import Calibration, Quantizer
 from septet.checkpoint.options import QuantizeOptions
+from septet.checkpoint.source import is_gguf
 from septet.checkpoint.widths import choose_widths
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
@@ -118,7 +119,7 @@ def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:
 
 def _identify(source: Path) -> dict[str, object]:
     """What tells one source from another: hashes, no paths or dates."""
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         if not source.is_file():
             raise CheckpointError(f"{source} must be a file", "nothing there", "check the path")
         return {"kind": "gguf", "name": source.name, "sha256": sha256_of_file(source)}
@@ -135,7 +136,7 @@ def _change_times(source: Path) -> dict[str, int]:
 
 def _source_directory(source: Path, workspace: Workspace, hooks: Hooks) -> ModelDirectory:
     """The source as a Hugging Face directory; a .gguf file is converted into one inside the workspace."""
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         converted = workspace.scratch
         if not converted.exists():
             if hooks.convert_gguf is None:

@@ -78,7 +78,7 @@ def _check_files(path: Path, report: VerifyReport, progress: Callable[[str], Non
         raise CheckpointError(f"{HASHES_NAME} must list files", type(files).__name__, "fetch the checkpoint again")
     for name, expected in files.items():
         parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
             report.add(f"{HASHES_NAME} must list files of the checkpoint", repr(name), "do not trust this checkpoint")
             continue
         progress(name)

@@ -53,12 +53,11 @@ def calibrate_with(
     """
 
     def calibrate(directory: ModelDirectory, layers: list[LayerPlan], folder: Path) -> Calibrator:
-        import numpy as np
         import torch
 
         from septet import loading
         from septet.calibration import Calibrator, Machine
-        from septet.calibration.sensitivity import save_array
+        from septet.calibration.sensitivity import load_array, save_array
 
         model, machine = loading.load_model(directory.path), Machine(threads, device)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
@@ -67,7 +66,7 @@ def calibrate_with(
         if not kept.is_file():
             windows = write_windows(model, shape, options.seed, machine, show) if choice == "self" else _read(choice, model, shape)
             save_array(kept, windows.numpy())
-        windows = torch.from_numpy(np.load(kept, allow_pickle=False))
+        windows = torch.from_numpy(load_array(kept))
         sensitivity = None
         if options.effort >= 2:
             beginnings = windows[:, :SENSITIVITY_CONTEXT].contiguous()

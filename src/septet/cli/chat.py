@@ -23,6 +23,7 @@ from septet.cli.options import (
     TopPOption,
 )
 from septet.cli.output import note
+from septet.errors import OptionError
 
 __all__ = ["chat"]
 
@@ -64,7 +65,10 @@ def _lines():
     while True:
         if terminal:
             typer.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise OptionError("messages must be UTF-8", f"{error.reason} at byte {error.start}", "convert the input") from error
         if not line:
             return
         yield line

@@ -59,7 +59,7 @@ def quantize(
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
-    threads: Annotated[int, typer.Option(help="0: SEPTET_THREADS, OMP_NUM_THREADS, or all. The result is the same.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: SEPTET_THREADS, OMP_NUM_THREADS, or all. The result is the same.", min=0, max=1024)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
