@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import checkpoints
+from checkpoints import out, source  # noqa: F401 (fixtures)
 from septet import checkpoint
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
@@ -22,17 +23,9 @@ from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file
 from septet.errors import CheckpointError
 from septet.quantize import quantize_split, quantize_trellis
 
+# ruff: noqa: F811 (fixtures are imported names)
+
 GROUP = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return checkpoints.write_model(tmp_path / "source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 def quantization_config(path: Path) -> dict:

@@ -8,30 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import checkpoints
+from checkpoints import intact, made  # noqa: F401 (fixtures)
 from septet import checkpoint
 from septet.checkpoint.tensor_file import open_tensor_file
 from septet.errors import CheckpointError, SpecVersionError, UnsupportedModelError
 
+# ruff: noqa: F811 (fixtures are imported names)
+
 KEY = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of an intact septet checkpoint."""
-    path = tmp_path_factory.mktemp("intact")
-    checkpoints.quantize(checkpoints.write_model(path / "source"), path / "out")
-    return checkpoints.contents(path / "out")
-
-
-@pytest.fixture
-def made(intact: dict[str, bytes], tmp_path: Path) -> Path:
-    """A copy of it that may be damaged."""
-    path = tmp_path / "made"
-    path.mkdir()
-    for name, content in intact.items():
-        (path / name).write_bytes(content)
-    return path
 
 
 def edit_config(path: Path, change: Callable[[dict], object]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+from checkpoints import intact, made, out, source  # noqa: F401 (fixtures)
 from septet import checkpoint
 from septet.checkpoint.directory import open_directory
 from septet.checkpoint.stream import Hooks, quantize_checkpoint
@@ -21,33 +22,7 @@ from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
 from septet.errors import CheckpointError, CodeRangeError, OptionError, UnsupportedModelError
 
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return checkpoints.write_model(tmp_path / "source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of an intact septet checkpoint."""
-    path = tmp_path_factory.mktemp("intact")
-    checkpoints.quantize(checkpoints.write_model(path / "source"), path / "out")
-    return checkpoints.contents(path / "out")
-
-
-@pytest.fixture
-def made(intact: dict[str, bytes], tmp_path: Path) -> Path:
-    """A copy of it that may be damaged."""
-    path = tmp_path / "made"
-    path.mkdir()
-    for name, content in intact.items():
-        (path / name).write_bytes(content)
-    return path
+# ruff: noqa: F811 (fixtures are imported names)
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:

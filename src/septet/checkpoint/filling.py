@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files, json_bytes
-from septet.checkpoint.integrity import HASHES_NAME, crc32_text, hashes_of
+from septet.checkpoint.integrity import HASHES_NAME, crc32_of_tensor, crc32_text, hashes_of
 from septet.checkpoint.jobs import Calibration, Job, Quantizer, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
@@ -107,16 +107,9 @@ def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
             continue
         run.progress(Progress("check", job.name))
         for tensor in job.writes:
-            if _crc32_of_pieces(owners[tensor.key].pieces(tensor.key)) != record["crc32"].get(tensor.key):
+            if crc32_of_tensor(owners[tensor.key], tensor.key) != record["crc32"].get(tensor.key):
                 del run.workspace.records[job.name]
                 break
-
-
-def _crc32_of_pieces(pieces: Iterator[np.ndarray]) -> str:
-    checksum = "00000000"
-    for piece in pieces:
-        checksum = crc32_text(piece, checksum)
-    return checksum
 
 
 def _quantize(run: Run, job: Job, places: _Places) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from septet.checkpoint.tensor_file import open_tensor_file
+from septet.checkpoint.tensor_file import TensorFile, open_tensor_file
 from septet.errors import CheckpointError
 
-__all__ = ["HASHES_NAME", "check_crc32", "crc32_text", "hashes_of", "sha256_of_file"]
+__all__ = ["HASHES_NAME", "check_crc32", "crc32_of_tensor", "crc32_text", "hashes_of", "sha256_of_file"]
 
 HASHES_NAME = "septet.json"
 _READ_BYTES = 1 << 22
@@ -26,6 +26,14 @@ def crc32_text(array: np.ndarray, before: str = "00000000") -> str:
         before: checksum of the bytes before these, to go on with.
     """
     return f"{zlib.crc32(memoryview(array.reshape(-1).view(np.uint8)), int(before, 16)):08x}"
+
+
+def crc32_of_tensor(file: TensorFile, key: str) -> str:
+    """CRC-32 of a stored tensor, read piece by piece: eight hexadecimal digits."""
+    checksum = "00000000"
+    for piece in file.pieces(key):
+        checksum = crc32_text(piece, checksum)
+    return checksum
 
 
 def check_crc32(array: np.ndarray, expected: str, key: str) -> None:
