@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,48 @@ def test_hessians_are_those_behind_the_quantized_prefix(tiny_model_dir: Path) ->
 def measured(path: Path, machine: Machine | None = None, seed: int = 0) -> Sensitivity:
     model = load(path)
     return measure(model, plan(model, QuantizeOptions(head="keep")), windows(), seed, machine or Machine(1))
+
+
+class Mixture(torch.nn.Module):
+    """Three copies of an MLP; each token goes to one of the first two, the third never sees any."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        chosen, output = (hidden[..., 0] > 0).long(), torch.zeros_like(hidden)
+        for number in range(2):
+            output[chosen == number] = self.experts[number](hidden[chosen == number])
+        return output
+
+
+def load_mixture(path: Path) -> torch.nn.Module:
+    model = load(path)
+    for block in model.model.layers:
+        block.mlp = Mixture(block.mlp)
+    return model
+
+
+@pytest.mark.parametrize("measured_first", [False, True])
+def test_experts_share_the_statistics_of_all_their_tokens(measured_first: bool, tiny_model_dir: Path) -> None:
+    model, sensitivity = load_mixture(tiny_model_dir), None
+    layers = plan(model, QuantizeOptions(head="keep"))
+    if measured_first:
+        sensitivity = measure(load_mixture(tiny_model_dir), layers, windows())
+    statistics, made = run_through(lambda: load_mixture(tiny_model_dir), sensitivity=sensitivity)
+    group = [layer for layer in layers if layer.name.startswith("model.layers.0.mlp.experts.") and "down" not in layer.name]
+    known = statistics[group[0].group]
+    assert len(group) == 6 and len({layer.group for layer in group}) == 1
+    for layer in layers[: layers.index(group[0])]:
+        model.get_submodule(layer.name).weight.data = torch.from_numpy(dequantize(made[layer.name]))
+    rows = np.concatenate([inputs_of(model, layer) for layer in group if layer.name.endswith(("0.gate_proj", "1.gate_proj"))])
+    true = rows.T @ rows / len(rows)
+    if measured_first:
+        assert known.inputs.trace() == pytest.approx(true.trace(), rel=1e-4)
+    else:
+        assert np.abs(known.inputs - true).max() <= 1e-4 * np.abs(true).max()
+    assert all(0 < made[layer.name].relative_error < 1 for layer in group)
 
 
 def test_drift_is_against_the_unquantized_model(tiny_model_dir: Path) -> None:

@@ -205,10 +205,12 @@ def test_verify_finds_damage_in_a_saved_model(tmp_path) -> None:
     assert not (tmp_path / "dense-again" / "septet.json").exists()
 
 
-def test_mixtures_with_fused_experts_are_refused() -> None:
-    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": 2}
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_mixtures_with_fused_experts_are_refused(family) -> None:
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{family}Config")(**sizes, num_local_experts=2, num_experts=2)
     with torch.device("meta"):
-        mixture = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+        mixture = getattr(transformers, f"{family}ForCausalLM")(config)
     with pytest.raises(UnsupportedModelError, match="experts must be linear layers"):
         model.plan(mixture, QuantizeOptions())
 
