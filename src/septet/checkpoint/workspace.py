@@ -84,12 +84,11 @@ class Workspace:
         self._is_ours = False
         self._only_rename_missing = False
         self._journal: BinaryIO | None = None
-        try:
+        with contextlib.ExitStack() as failure:
+            failure.callback(self.close)
             with writing(self.path):
                 self._open(identity, resume)
-        except BaseException:
-            self.close()
-            raise
+            failure.pop_all()
 
     def _open(self, identity: dict, resume: bool) -> None:
         """Take the folder, and read what an earlier run has left in it."""
