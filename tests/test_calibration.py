@@ -141,7 +141,7 @@ def test_experts_share_the_statistics_of_all_their_tokens(measured_first: bool, 
     layers = plan(model, QuantizeOptions(head="keep"))
     if measured_first:
         sensitivity = measure(load_mixture(tiny_model_dir), layers, windows())
-    statistics, made = run_through(lambda: load_mixture(tiny_model_dir), sensitivity=sensitivity)
+    statistics, made = run_through(lambda: load_mixture(tiny_model_dir), Machine(1), sensitivity)
     group = [layer for layer in layers if layer.name.startswith("model.layers.0.mlp.experts.") and "down" not in layer.name]
     known = statistics[group[0].group]
     assert len(group) == 6 and len({layer.group for layer in group}) == 1
