@@ -5,7 +5,8 @@
 
 The first makes models with random weights in the shapes of a large one but with few blocks, quantizes each, and extrapolates: what two
 models differ in is what a block costs, and the rest is paid once. Head and embedding are left as they are. One JSON object per run; stages
-are wall seconds, and a warm-up run on a small model comes first, so that compiling kernels and loading libraries is not counted.
+are wall seconds, and warm-up runs come first, on a small model and on one block of the shape, so that compiling kernels and loading
+libraries is not counted.
 """
 
 from __future__ import annotations
@@ -81,14 +82,13 @@ def run(source: Path, out: Path, options: QuantizeOptions, device: str) -> dict:
 
 
 def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
-    """Seconds for a model with all blocks, from runs with few: a straight line through the shortest and the longest."""
+    """Seconds for a model with all blocks, stage by stage: a straight line through the shortest and the longest run, never downwards."""
     few, many = min(runs), max(runs)
-    per_block = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
-    return {
-        "blocks": blocks,
-        "seconds_per_block": round(per_block, 2),
-        "seconds": round(runs[few]["seconds"] + (blocks - few) * per_block, 1),
-    }
+    first, last = runs[few]["stages"], runs[many]["stages"]
+    per_block = {name: max(last[name] - first.get(name, 0.0), 0.0) / (many - few) for name in last}
+    stages = {name: last[name] + (blocks - many) * slope for name, slope in per_block.items()}
+    rounded = {name: round(value, 1) for name, value in stages.items()}
+    return {"blocks": blocks, "stages": rounded, "seconds": round(sum(stages.values()), 1)}
 
 
 def main() -> None:
@@ -115,6 +115,8 @@ def main() -> None:
             return
         bare = QuantizeOptions(**options.as_json() | {"head": "keep"})
         runs = {}
+        make_model(place / "warm", arguments.shape, 1, arguments.device)
+        run(place / "warm", place / "warm-out", bare, arguments.device)
         for blocks in arguments.blocks:
             make_model(place / str(blocks), arguments.shape, blocks, arguments.device)
             runs[blocks] = run(place / str(blocks), place / f"{blocks}-out", bare, arguments.device)
