@@ -30,7 +30,7 @@ _BLOCKS = {
 }
 TYPES = tuple(_BLOCKS)
 _SCALE = 0.0005
-_CHUNK_WEIGHTS = 1 << 24
+_NOISE_BYTES = 1 << 24
 
 
 def files_like(directory: Path, folder: Path, kinds: Sequence[str]) -> list[Path]:
@@ -85,7 +85,7 @@ def write_random_gguf(shape: ModelShape, path: Path, kind: str, pure: bool, seed
     writer = gguf.GGUFWriter(path, "llama")
     _describe(writer, shape, _BLOCKS[kind][2])
     tensors = list(_tensors(shape, kind, pure))
-    rng = np.random.default_rng(seed)
+    noise = np.frombuffer(np.random.default_rng(seed).bytes(_NOISE_BYTES), np.uint8)
     for name, sizes, type_name in tensors:
         if type_name is None:
             writer.add_tensor_info(name, sizes, np.dtype(np.float32), 4 * sizes[0])
@@ -104,7 +104,7 @@ def write_random_gguf(shape: ModelShape, path: Path, kind: str, pure: bool, seed
             writer.write_tensor_data(np.ones(sizes, np.float32))
         else:
             block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0]
-            writer.write_tensor_data(_random_blocks(rng, type_name, sizes[0] * sizes[1] // block))
+            writer.write_tensor_data(_random_blocks(noise, type_name, sizes[0] * sizes[1] // block))
     writer.close()
 
 
@@ -152,15 +152,10 @@ def _gets_more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _random_blocks(rng: np.random.Generator, kind: str, blocks: int) -> np.ndarray:
+def _random_blocks(noise: np.ndarray, kind: str, blocks: int) -> np.ndarray:
     """uint8 [blocks * size]: random bytes, scales small and finite."""
     size, scales, _ = _BLOCKS[kind]
-    data = np.empty((blocks, size), np.uint8)
-    step = max(1, _CHUNK_WEIGHTS // size)
-    scale = np.frombuffer(np.float16(_SCALE).tobytes(), np.uint8)
-    for first in range(0, blocks, step):
-        part = data[first : first + step]
-        part[:] = np.frombuffer(rng.bytes(part.size), np.uint8).reshape(part.shape)
+    data = np.resize(noise, (blocks, size))
     for at in scales:
-        data[:, at : at + 2] = scale
+        data[:, at : at + 2] = np.frombuffer(np.float16(_SCALE).tobytes(), np.uint8)
     return data.reshape(-1)

@@ -15,7 +15,7 @@ from types import TracebackType
 from septet.bench.rounds import median, spread
 from septet.errors import OptionError, SeptetError, UnsupportedModelError
 
-__all__ = ["ENGINES", "Contender", "measure_models"]
+__all__ = ["ENGINES", "Contender", "Worker", "measure_models"]
 
 ENGINES = ("native", "transformers", "llama.cpp")
 
@@ -70,7 +70,7 @@ def measure_models(
         if value < 1:
             raise OptionError(f"{name} must be at least 1", value, "choose another")
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(contender)) for contender in contenders]
+        workers = [stack.enter_context(Worker(contender)) for contender in contenders]
         for worker in workers:
             worker.ask("decode 4")  # warms up
         speeds: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
@@ -84,7 +84,7 @@ def measure_models(
         return [_row(worker, found, sizes, rounds) for worker, found in zip(workers, speeds)]
 
 
-def _row(worker: _Worker, speeds: dict[str, list[float]], sizes: dict[str, int], rounds: int) -> dict:
+def _row(worker: Worker, speeds: dict[str, list[float]], sizes: dict[str, int], rounds: int) -> dict:
     contender = worker.contender
     return {
         "model": contender.model.name, "engine": contender.engine, "type": worker.kind, "threads": contender.threads, **sizes,
@@ -95,15 +95,23 @@ def _row(worker: _Worker, speeds: dict[str, list[float]], sizes: dict[str, int],
     }  # fmt: skip
 
 
-class _Worker:
-    """A process of `septet.bench.worker`; a context that ends it."""
+class Worker:
+    """A process of `septet.bench.worker`; a context that ends it.
+
+    Args:
+        contender: what it runs.
+
+    Attributes:
+        kind: what the model's weights are, once it is loaded.
+        loading: load_seconds, file_mb and load_rss_mb.
+    """
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
         self.kind = ""
         self.loading: dict[str, float] = {}
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         threads = str(self.contender.threads)
         command = [sys.executable, "-m", "septet.bench.worker", self.contender.engine, str(self.contender.model), threads]
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -120,7 +128,11 @@ class _Worker:
         self._process.communicate()
 
     def ask(self, command: str) -> dict:
-        """Send a line, wait for the answer."""
+        """Send a line as `septet.bench.worker` understands it, wait for the answer.
+
+        Raises:
+            UnsupportedModelError: the process has ended; the message is its own.
+        """
         print(command, file=self._process.stdin, flush=True)
         return self._answer()
 

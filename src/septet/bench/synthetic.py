@@ -26,6 +26,7 @@ HEADS = ("int8", "trellis")
 _NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.int8): "I8", np.dtype(np.float16): "F16"}
 _ROTATION = 256
 _MAX_SHARD_BYTES = 1 << 32
+_NOISE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,17 @@ def write_synthetic(shape: Shape, out: Path, head: str = "int8", seed: int = 0) 
     out.mkdir(parents=True)
     shards = plan_shards(tensors, _MAX_SHARD_BYTES)
     checksums = {}
-    rng = np.random.default_rng(seed)
+    noise = np.random.default_rng(seed).bytes(_NOISE_BYTES)
     by_key = {tensor.key: tensor for tensor in tensors}
     for shard in shards:
         with open(out / shard.name, "wb") as file:
             file.write(shard.head)
             for key in sorted(shard.offsets, key=shard.offsets.__getitem__):
-                data = _values(by_key[key], layers, rng)
-                checksums[key] = f"{zlib.crc32(data):08x}"
-                file.write(data)
+                checksum = 0
+                for data in _values(by_key[key], layers, noise):
+                    checksum = zlib.crc32(data, checksum)
+                    file.write(data)
+                checksums[key] = f"{checksum:08x}"
     if len(shards) > 1:
         (out / INDEX_NAME).write_text(json.dumps(index_of(shards)))
     (out / "config.json").write_text(json.dumps(_config(shape, head, layers, checksums), indent=1))
@@ -122,19 +125,21 @@ def _entry(code: str, bits: int, inputs: int, outputs: int) -> dict:
     return {"code": code, "bits_per_pair": bits, "in_features": inputs, "out_features": outputs} | blocks
 
 
-def _values(tensor: OutputTensor, layers: dict[str, dict], rng: np.random.Generator) -> bytes:
+def _values(tensor: OutputTensor, layers: dict[str, dict], noise: bytes) -> Iterator[bytes]:
     """The content of a tensor: random codes, random signs, scales for outputs of unit variance; norms are 1."""
     if tensor.dtype != "F16":
-        return rng.bytes(tensor.size_bytes)
+        for start in range(0, tensor.size_bytes, len(noise)):
+            yield noise[: tensor.size_bytes - start]
+        return
     module, _, part = tensor.key.rpartition(".")
     if part == "weight_scale":
         level = 74 if layers[module]["code"] == "int8" else 47  # root mean square of random levels
         values = np.full(tensor.shape, 1 / (level * math.sqrt(layers[module]["in_features"])))
     elif part == "weight_input_scale":
-        values = 2.0 * rng.integers(0, 2, tensor.shape) - 1
+        values = 2.0 * (np.frombuffer(noise, np.uint8, tensor.shape[0]) % 2) - 1
     else:
         values = np.ones(tensor.shape)
-    return values.astype("<f2").tobytes()
+    yield values.astype("<f2").tobytes()
 
 
 def _config(shape: Shape, head: str, layers: dict[str, dict], checksums: dict[str, str]) -> dict:

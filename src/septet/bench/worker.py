@@ -2,7 +2,7 @@
 
 Answers are lines of JSON on the stdout it was started with; whatever libraries print goes to stderr. The first one says what was
 loaded, how fast, and into how much memory. `prefill N` and `decode N` answer tokens per second, `memory` the largest resident set
-so far in MB, `quit` ends the process.
+so far in MB, `idle SECONDS` the processor time of doing nothing, `quit` ends the process.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def main(engine: str, model: str, threads: int) -> None:
             return
         if command.strip() == "memory":
             answer({"peak_rss_mb": _rss_mb("VmHWM")})
+        elif command == "idle":
+            answer({"cpu_seconds": _idle(float(argument))})
         else:
             answer({"tok_per_s": {"prefill": _prefill, "decode": _decode}[command](step, int(argument))})
 
@@ -62,6 +64,13 @@ def _rss_mb(figure: str) -> float:
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines[figure].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _idle(seconds: float) -> float:
+    """Processor time of the whole process, all threads, while nobody asks for anything."""
+    before = time.process_time()
+    time.sleep(seconds)
+    return time.process_time() - before
 
 
 def _file_mb(model: Path) -> float:

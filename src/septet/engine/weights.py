@@ -1,8 +1,13 @@
-"""From a septet directory to a native engine: every tensor is read once, checked against its CRC, and copied into place."""
+"""From a septet directory to a native engine: every tensor is read once, checked against its CRC, and copied into place.
+
+Two threads read and check a few slots ahead of the one that copies: checksums take as long as everything else together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +35,7 @@ _FREQUENCIES, _FINAL_NORM = 0, 1
 _NORMS = {2: "input_layernorm", 3: "post_attention_layernorm"}
 _HEAD_NORMS = {4: "self_attn.q_norm", 5: "self_attn.k_norm"}
 _BIASES = {6 + index: module for index, module in enumerate(module for modules in _SLOTS.values() for module in modules)}
+_READERS, _AHEAD = 2, 2
 _DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -48,17 +54,18 @@ def fill(engine: _native.Engine, directory: ModelDirectory, shape: ModelShape, q
         ShapeError: a layer's sizes are not those of the model.
     """
     source = _Source(directory, layers_of(quantization), checksums_of(quantization), quantization.get("activation_scale"))
-    engine.set_weights(0, 0, [source.layer(_EMBEDDING)])
-    if not shape.tied:
-        engine.set_weights(1, 0, [source.layer(_HEAD)])
-    elif f"{_HEAD}.weight" in directory.owners:  # `--head trellis` stores a tied head beside its embedding
-        engine.set_weights(1, 0, [source.layer(_HEAD)])
+    slots: list[tuple[int, int, tuple[str, ...]]] = [(0, 0, (_EMBEDDING,))]
+    if not shape.tied or f"{_HEAD}.weight" in directory.owners:  # `--head trellis` stores a tied head beside its embedding
+        slots.append((1, 0, (_HEAD,)))
+    for layer in range(shape.layers):
+        slots += ((slot, layer, tuple(f"model.layers.{layer}.{module}" for module in modules)) for slot, modules in _SLOTS.items())
+    with ThreadPoolExecutor(_READERS) as pool:
+        for slot, layer, pending in _read_ahead(pool, source, slots):
+            engine.set_weights(slot, layer, [reading.result() for reading in pending])
     engine.set_vector(_FREQUENCIES, 0, shape.frequencies)
     engine.set_vector(_FINAL_NORM, 0, source.vector("model.norm.weight"))
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
-        for slot, modules in _SLOTS.items():
-            engine.set_weights(slot, layer, [source.layer(prefix + module) for module in modules])
         for slot, module in (_NORMS | (_HEAD_NORMS if shape.head_norm else {})).items():
             engine.set_vector(slot, layer, source.vector(f"{prefix}{module}.weight"))
         for slot, module in _BIASES.items():
@@ -67,6 +74,18 @@ def fill(engine: _native.Engine, directory: ModelDirectory, shape: ModelShape, q
         if shape.windows[layer]:
             engine.set_window(layer, shape.windows[layer])
     source.check_all_read()
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, source: _Source, slots: Sequence[tuple[int, int, tuple[str, ...]]]
+) -> Iterator[tuple[int, int, list[Future[_native.Layer]]]]:
+    """Slots in their order, the readings of the next few already begun."""
+    waiting: deque[tuple[int, int, list[Future[_native.Layer]]]] = deque()
+    for slot, layer, modules in slots:
+        waiting.append((slot, layer, [pool.submit(source.layer, module) for module in modules]))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @dataclass(eq=False)
