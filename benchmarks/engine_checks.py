@@ -40,7 +40,7 @@ def main() -> int:
         rows.append({"check": check, "model": arguments.model.name, "threads": threads, "value": value, "unit": unit, "bound": bound})
         print(f"{check}: {value:.4g} {unit} (bound {bound})")
     if arguments.csv is not None:
-        facts = provenance(" ".join(["python", "benchmarks/engine_checks.py", *sys.argv[1:]]))
+        facts = provenance("python", "benchmarks/engine_checks.py", *sys.argv[1:])
         append_rows(arguments.csv, [row | facts for row in rows])
     return 0
 

@@ -19,11 +19,11 @@ _LIBRARIES = ("numpy", "torch", "transformers", "llama-cpp-python")
 _ROOT = Path(__file__).resolve().parents[3]
 
 
-def provenance(command: str) -> dict[str, str]:
+def provenance(*command: str) -> dict[str, str]:
     """What stands in every row.
 
     Args:
-        command: how the row is made again.
+        command: the words that make the row again; of absolute paths only the last part is kept.
 
     Returns:
         machine, instruction_set, versions, commit ("" outside a checkout, "+changes" behind it when it was not clean), command.
@@ -41,7 +41,7 @@ def provenance(command: str) -> dict[str, str]:
         "instruction_set": native.instruction_set(),
         "versions": " ".join(f"{name} {version}" for name, version in installed.items()),
         "commit": _commit(),
-        "command": command,
+        "command": " ".join(Path(word).name if Path(word).is_absolute() else word for word in command),
     }
 
 

@@ -107,7 +107,7 @@ def _show(rows: list[dict], names: tuple[str, ...], csv: Path | None, as_json: b
     if csv is not None:
         from septet.bench.provenance import append_rows, provenance
 
-        facts = provenance(" ".join(["septet", *sys.argv[1:]]))
+        facts = provenance("septet", *sys.argv[1:])
         append_rows(csv, [row | facts for row in rows])
     if as_json:
         print_json({"rows": rows})
