@@ -20,11 +20,11 @@ help:
 	@echo "make setup     install everything into .venv, without running anything"
 	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
 
-# Tests want the Fortran compilers, too, where they can be had.
-test: export FORTRAN_STAGE := fortran
+# Tests want the Fortran compilers and an emulated AArch64, too, where they can be had.
+test: export TEST_STAGES := fortran emulation
 
 setup:
-	@$(SETUP) venv $$FORTRAN_STAGE torch package
+	@$(SETUP) venv $$TEST_STAGES torch package
 
 demo:
 	@$(SETUP) venv torch package demo

@@ -17,7 +17,7 @@ from quality_recipes import Group, Recipe
 from torch import nn
 
 from septet import loading, model
-from septet.calibration import Calibrator, Sensitivity, measure
+from septet.calibration import Calibrator, Machine, Sensitivity, measure
 from septet.checkpoint import QuantizeOptions
 from septet.cli.calibration import SENSITIVITY_CONTEXT, write_windows
 from septet.evaluation import Windows, cut_windows, score_models
@@ -45,7 +45,7 @@ def calibration_windows(directory: Path, text: str, context: int, tokens: int) -
 
 def written_windows(directory: Path, context: int, tokens: int) -> torch.Tensor:
     """What `septet quantize` calibrates on when no text is given: int64 [windows, context], seed 0."""
-    return write_windows(loading.load_model(directory), (-(-tokens // context), context), 0, 0, lambda stage: None)
+    return write_windows(loading.load_model(directory), (-(-tokens // context), context), 0, Machine(), lambda stage: None)
 
 
 def sensitivity_of(directory: Path, windows: torch.Tensor) -> Sensitivity:

@@ -6,6 +6,8 @@
 #include <limits>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "model_table.h"
@@ -46,6 +48,12 @@ inline void load_stored(Floats& v, const void* stored, int64_t index) {
         std::memcpy(&v, &low, sizeof low);
         std::memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
         return;
+    }
+#elif defined(__aarch64__)
+    if constexpr (type == kFloat16) {
+        float wide[kLanes];
+        for (int i = 0; i < kLanes; i += 4) vst1q_f32(wide + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
+        return load(v, wide);
     }
 #endif
     Halves halves;

@@ -1,296 +1,89 @@
-// AVX2 with FMA: decode to a buffer, then multiply with vpmaddubsw.
+// AVX2 with FMA: vpmaddubsw and vpmaddwd add up the four products of a lane. See avx2_steps.h.
 //
-// A step is 16 pairs, 8 outputs, one per 32-bit lane. Four outputs are `bits` bytes, so each 128-bit half is one load; vpshufb brings each 32-bit lane its
-// bytes and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are 4 vpshufb (see `magnitudes`), the sign is the seventh index bit.
-#include <immintrin.h>
-
-#include "model_steps.h"
-#include "steps.h"
-#include "tables.h"
+// vpmaddubsw wants an unsigned and a signed operand. For one or two tokens the magnitudes of the levels are the unsigned one, and their signs go to the
+// activations; decoded levels keep theirs, |x| is unsigned and its sign goes to the level. 2 * 128 * 127 fits int16, so nothing saturates.
+#include "avx2_steps.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
 namespace {
 
-constexpr int kSteps = 8;
-
-struct alignas(32) Bytes { uint8_t at[32]; };
-struct alignas(32) Words { uint32_t at[8]; };
-inline __m256i load(const Bytes& bytes) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at)); }
-inline __m256i load(const Words& words) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(words.at)); }
-template <class T> __m256i load_any(const T* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-template <class T> void store_any(T* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-
-// The four activations of a tile in every 32-bit lane.
-inline __m256i broadcast_four(const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, sizeof four);
-    return _mm256_set1_epi32(four);
-}
-
-// 16 bytes from where outputs 4*group .. 4*group + 3 begin, without a look outside the tile: its last groups are put together, around its end.
-template <int bits, int group>
-__m128i group_bytes(const uint8_t* tile) {
-    constexpr int begin = bits * group, size = tile_bytes(bits);
-    if constexpr (begin + 16 <= size) return load_half(tile + begin);
-    else return _mm_alignr_epi8(load_half(tile), load_half(tile + size - 16), begin + 16 - size);
-}
-
 template <int bits>
-constexpr Bytes output_bytes() {
-    Bytes index{};
-    for (int i = 0; i < 32; i++) index.at[i] = static_cast<uint8_t>(2 * bits * (i / 4 % 4) / 8 + i % 4);
-    return index;
-}
-template <int bits>
-constexpr Words output_shifts() {
-    Words shift{};
-    for (int i = 0; i < 8; i++) shift.at[i] = static_cast<uint32_t>(2 * bits * (i % 4) % 8);
-    return shift;
-}
+struct SignedDecoder : TrellisDecoder<bits> {
+    static constexpr int32_t bias = 0;
+    static __m256i weights(const SignedBytes& levels) { return levels.magnitude; }
+    static __m256i inputs(const SignedBytes& levels, __m256i four) { return _mm256_sign_epi8(four, levels.sign); }
+    static __m256i decoded(const SignedBytes& levels) { return _mm256_sign_epi8(levels.magnitude, levels.sign); }
+};
 
-template <int width>
-struct Windows {
-    static constexpr int bits = width;
-    static constexpr Bytes kBytes = output_bytes<bits>();
-    static constexpr Words kShifts = output_shifts<bits>();
-    const __m256i bytes = load(kBytes), shifts = load(kShifts);
-
-    // 16 windows as words.
-    template <int step>
-    __m256i cut(const uint8_t* tile) const {
-        const __m256i groups = _mm256_inserti128_si256(_mm256_castsi128_si256(group_bytes<bits, 2 * step>(tile)), group_bytes<bits, 2 * step + 1>(tile), 1);
-        const __m256i first = _mm256_srlv_epi32(_mm256_shuffle_epi8(groups, bytes), shifts);
-        return _mm256_blend_epi16(first, _mm256_slli_epi32(first, 16 - bits), 0xAA);
+struct PairDot {
+    static __m256i add(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1)));
     }
 };
 
-// Magnitude i is the exclusive or of the first i / 16 + 1 of these tables, each at i % 16.
-struct Differences {
-    Bytes table[4];
-
-    constexpr explicit Differences(const TrellisTable& levels) : table{} {
-        for (int t = 0; t < 4; t++)
-            for (int i = 0; i < 32; i++)
-                table[t].at[i] = static_cast<uint8_t>(levels.levels[16 * t + i % 16] ^ (t == 0 ? 0 : levels.levels[16 * (t - 1) + i % 16]));
+struct SignedLevels {
+    __m256i four, magnitude;
+    void take(__m256i x) {
+        four = x;
+        magnitude = _mm256_abs_epi8(x);
     }
+    __m256i first(__m256i) const { return magnitude; }
+    __m256i second(__m256i level) const { return _mm256_sign_epi8(level, four); }
 };
-
-constexpr bool is_odd_symmetric(const TrellisTable& table) {
-    for (int i = 0; i < 64; i++)
-        if (table.levels[64 + i] != -table.levels[i]) return false;
-    return true;
-}
-
-template <int width>
-struct TrellisDecoder : Windows<width> {
-    static constexpr const TrellisTable& kTable = kTrellisTables[width - 6];
-    static_assert(is_odd_symmetric(kTable), "index bit 6 is the sign");
-    static constexpr Differences kDifferences{kTable};
-    const __m256i table[4] = {load(kDifferences.table[0]), load(kDifferences.table[1]), load(kDifferences.table[2]), load(kDifferences.table[3])};
-    const __m256i c_low = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier & 0xFFFF)), c_high = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier >> 16));
-    const __m256i index_mask = _mm256_set1_epi8(63), sixteen = _mm256_set1_epi8(16), one = _mm256_set1_epi8(1);
-
-    // vpshufb looks at the low 4 bits of an index and gives 0 when bit 7 is set: table t joins in when index - 16*t is not negative.
-    __m256i magnitudes(__m256i index) const {
-        __m256i found = _mm256_shuffle_epi8(table[0], index);
-        for (int t = 1; t < 4; t++) {
-            index = _mm256_sub_epi8(index, sixteen);
-            found = _mm256_xor_si256(found, _mm256_shuffle_epi8(table[t], index));
-        }
-        return found;
-    }
-
-    template <int step>
-    __m256i decode(const uint8_t* tile) const {
-        const __m256i window = this->template cut<step>(tile);
-        const __m256i hash = _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high));
-        const __m256i sign = _mm256_or_si256(_mm256_add_epi8(hash, hash), one);
-        return _mm256_sign_epi8(magnitudes(_mm256_and_si256(hash, index_mask)), sign);
-    }
-};
-
-struct SplitDecoder : Windows<7> {
-    const __m256i first = _mm256_set1_epi16(0x000F), second = _mm256_set1_epi16(0x0700);
-
-    template <int step>
-    __m256i decode(const uint8_t* tile) const {
-        const __m256i window = cut<step>(tile);
-        return _mm256_or_si256(_mm256_and_si256(window, first), _mm256_and_si256(_mm256_slli_epi16(window, 4), second));
-    }
-};
-
-template <class Decoder, int step = 0>
-void decode_steps(const Decoder& decoder, const uint8_t* tile, uint8_t* decoded) {
-    if constexpr (step < kSteps) {
-        store_any(decoded + 32 * step, decoder.template decode<step>(tile));
-        decode_steps<Decoder, step + 1>(decoder, tile, decoded);
-    }
-}
-
-template <class Decoder>
-void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
-    const Decoder decoder;
-    for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
-        prefetch_tile(packed);
-        decode_steps(decoder, packed, decoded);
-    }
-}
-
-// vpmaddubsw wants an unsigned operand: |x|, with its sign given to the levels. 2 * 128 * 127 fits int16, so nothing saturates.
-[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
-        for (int part = 0; part < rows; part++) {
-            const int8_t* input = x.data + first * x.stride;
-            const uint8_t* levels = decoded + part * registers * 32;
-            int32_t* y = sums + first * kTileOutputs + part * registers * 8;
-            __m256i sum[rows][registers], four[rows], magnitude[rows];
-            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
-            for (int64_t t = 0; t < tiles; t++, levels += kTileWeights, input += kTileInputs) {
-                repeat<rows>([&](auto r) {
-                    four[r] = broadcast_four(input + r * x.stride);
-                    magnitude[r] = _mm256_abs_epi8(four[r]);
-                });
-                repeat<registers>([&](auto q) {
-                    const __m256i level = load_any(levels + 32 * q);
-                    repeat<rows>([&](auto r) {
-                        const __m256i pairs = _mm256_maddubs_epi16(magnitude[r], _mm256_sign_epi8(level, four[r]));
-                        sum[r][q] = _mm256_add_epi32(sum[r][q], _mm256_madd_epi16(pairs, ones));
-                    });
-                });
-            }
-            repeat<rows, registers>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
-        }
-    });
-}
-
-inline int32_t sum_lanes(__m256i v) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
-}
-
-inline float sum_lanes(__m256 v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_permute_ps(half, 0x4E));
-    return _mm_cvtss_f32(_mm_add_ps(half, _mm_permute_ps(half, 0xB1)));
-}
-
-// Blocks of rows of weights times blocks of rows of activations: body(row_count, tokens, row, token), the counts as constants.
-template <class Body>
-void for_blocks(int64_t rows, int64_t tokens, const Body& body) {
-    in_blocks<4>(rows, [&](auto row_count, int64_t row) { in_blocks<2>(tokens, [&](auto token_count, int64_t token) { body(row_count, token_count, row, token); }); });
-}
 
 // Both operands as int16: exact for every int8.
-[[gnu::flatten]] void row_product(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
-    const int64_t whole = features / 16 * 16;
-    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
-        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
-        __m256i sum[row_count][tokens], input[tokens];
-        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_si256(); });
-        for (int64_t k = 0; k < whole; k += 16) {
-            repeat<tokens>([&](auto m) { input[m] = _mm256_cvtepi8_epi16(load_half(x.data + (token + m) * x.stride + k)); });
-            repeat<row_count>([&](auto r) {
-                const __m256i w = _mm256_cvtepi8_epi16(load_half(weight + (row + r) * features + k));
-                repeat<tokens>([&](auto m) { sum[r][m] = _mm256_add_epi32(sum[r][m], _mm256_madd_epi16(w, input[m])); });
-            });
-        }
-        repeat<row_count, tokens>([&](auto r, auto m) {
-            int32_t total = sum_lanes(sum[r][m]);
-            for (int64_t k = whole; k < features; k++) total += weight[(row + r) * features + k] * x.data[(token + m) * x.stride + k];
-            sums[(token + m) * rows + row + r] = total;
-        });
-    });
+struct WideRow {
+    static constexpr int inputs = 16;
+    static __m256i activations(const int8_t* x) { return _mm256_cvtepi8_epi16(load_half(x)); }
+    static __m256i weights(const int8_t* w) { return _mm256_cvtepi8_epi16(load_half(w)); }
+    static __m256i add_excess(__m256i excess, __m256i) { return excess; }
+    static __m256i add_product(__m256i sum, __m256i w, __m256i x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+};
+
+// -(-128) is no int8. Our own rounding never makes it, but any int8 is allowed.
+bool holds_lowest(const int8_t* x, int64_t count) {
+    bool found = false;
+    for (int64_t i = 0; i < count; i++) found |= x[i] == -128;
+    return found;
 }
 
-[[gnu::flatten]] void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
-    const int64_t whole = features / 8 * 8;
-    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
-        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
-        __m256 sum[row_count][tokens], input[tokens];
-        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_ps(); });
-        for (int64_t k = 0; k < whole; k += 8) {
-            repeat<tokens>([&](auto m) { input[m] = _mm256_loadu_ps(x.data + (token + m) * x.stride + k); });
-            repeat<row_count>([&](auto r) {
-                const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight + (row + r) * features + k));
-                const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-                repeat<tokens>([&](auto m) { sum[r][m] = _mm256_fmadd_ps(w, input[m], sum[r][m]); });
-            });
-        }
-        repeat<row_count, tokens>([&](auto r, auto m) {
-            float total = sum_lanes(sum[r][m]);
-            for (int64_t k = whole; k < features; k++) total += static_cast<float>(weight[(row + r) * features + k]) * x.data[(token + m) * x.stride + k];
-            sums[(token + m) * rows + row + r] = total;
-        });
-    });
-}
-
-void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* zero, float* values) {
-    const __m256i add = _mm256_set1_epi8(static_cast<char>(shift)), low = _mm256_set1_epi32(255);
-    const __m256i zeros[2] = {_mm256_set1_epi32(zero[0]), _mm256_set1_epi32(zero[1])};
-    for (int64_t tile = 0; tile < tiles; tile++, decoded += kTileWeights, values += kTileWeights)
-        for (int eighth = 0; eighth < 8; eighth++) {
-            const __m256i bytes = _mm256_add_epi8(load_any(decoded + 32 * eighth), add);
-            for (int i = 0; i < kTileInputs; i++) {
-                const __m256i value = _mm256_and_si256(_mm256_srli_epi32(bytes, 8 * i), low);
-                _mm256_storeu_ps(values + i * kTileOutputs + 8 * eighth, _mm256_cvtepi32_ps(_mm256_sub_epi32(value, zeros[i & 1])));
-            }
-        }
-}
-
-[[gnu::flatten]] void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
-    in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
-        for (int part = 0; part < rows; part++) {
-            const float* input = x.data + first * x.stride;
-            const float* column = values + part * registers * 8;
-            float* y = sums + first * kTileOutputs + part * registers * 8;
-            __m256 sum[rows][registers];
-            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = _mm256_loadu_ps(y + r * kTileOutputs + 8 * q); });
-            for (int64_t k = 0; k < inputs; k++, column += kTileOutputs, input++)
-                repeat<registers>([&](auto q) {
-                    const __m256 value = _mm256_loadu_ps(column + 8 * q);
-                    repeat<rows>([&](auto r) { sum[r][q] = _mm256_fmadd_ps(_mm256_set1_ps(input[r * x.stride]), value, sum[r][q]); });
-                });
-            repeat<rows, registers>([&](auto r, auto q) { _mm256_storeu_ps(y + r * kTileOutputs + 8 * q, sum[r][q]); });
-        }
-    });
-}
-
-// One stage of the rotation inside a register: a lane and its partner become their sum and difference.
-template <int upper>
-__m256 butterfly(__m256 v, __m256 partner) {
-    return _mm256_blend_ps(_mm256_add_ps(v, partner), _mm256_sub_ps(partner, v), upper);
-}
-
-void hadamard(float* x, int64_t count, int64_t block) {
-    if (block < 8) return hadamard_from(x, count, block, 1);
-    for (int64_t i = 0; i < count; i += 8) {
-        __m256 v = _mm256_loadu_ps(x + i);
-        v = butterfly<0xAA>(v, _mm256_permute_ps(v, 0xB1));
-        v = butterfly<0xCC>(v, _mm256_permute_ps(v, 0x4E));
-        v = butterfly<0xF0>(v, _mm256_permute2f128_ps(v, v, 0x01));
-        _mm256_storeu_ps(x + i, v);
+template <int bits>
+void packed_levels(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+    bool lowest = false;
+    for (int64_t r = 0; r < x.count; r++) lowest |= holds_lowest(x.data + r * x.stride, tiles * kTileInputs);
+    if (!lowest) return packed_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, sums);
+    alignas(32) uint8_t decoded[kTileWeights];
+    for (int64_t t = 0; t < tiles; t++) {
+        decode_tiles<SignedDecoder<bits>>(packed + t * tile_bytes(bits), 1, decoded);
+        decoded_product<SignedLevels, PairDot>(decoded, 1, {x.data + t * kTileInputs, x.stride, x.count}, sums);
     }
-    hadamard_from(x, count, block, 8);
+}
+
+template <int bits>
+void segmented_levels(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    if (!holds_lowest(x.data, tiles * kTileInputs)) return segment_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+    std::memset(y, 0, kTileOutputs * sizeof(float));
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        int32_t sums[kTileOutputs] = {};
+        packed_levels<bits>(packed + first * tile_bytes(bits), count, {x.data + first * kTileInputs, 0, 1}, sums);
+        add_segment(sums, x.scales[segment], y);
+    }
 }
 
 }  // namespace
 
 const KernelTable kAvx2Kernels = {
-    "avx2", 0, 0,
-    {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
-    {nullptr, nullptr, nullptr, nullptr},
-    {nullptr, nullptr, nullptr, nullptr},
+    "avx2", 0, kFusedRows,
+    {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>},
+    {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
+    {nullptr, segmented_levels<6>, segmented_levels<7>, segmented_levels<8>},
     nullptr,
-    decoded_product, row_product, widen, rescale, float_product, float_row_product,
+    decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx2,
-    &kModelSteps,
+    &kAvx2ModelSteps,
 };
 
 }  // namespace septet

@@ -5,6 +5,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(SEPTET_AVX_VNNI)
+#include <cpuid.h>
+#elif defined(SEPTET_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(SEPTET_ARM64)
+#include <sys/auxv.h>
+#endif
+
 #include "kernel_table.h"
 #include "septet.h"
 
@@ -38,22 +46,71 @@ const char* avx512vbmi_obstacle() {
     return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") ? "" : "this processor lacks AVX-512 VBMI or VNNI";
 }
 
-const Candidate candidates[] = {
-    {"scalar", &kScalarKernels, none},
-    {"avx2", &kAvx2Kernels, avx2_obstacle},
-    {"avx512", &kAvx512Kernels, avx512_obstacle},
-    {"avx512vbmi", &kAvx512VbmiKernels, avx512vbmi_obstacle},
-};
+#if defined(SEPTET_AVX_VNNI)
+// Compilers learned these names late, so cpuid is asked by hand; the registers are those of AVX2.
+const char* avxvnni_obstacle() {
+    constexpr int extended_features = 7;
+    constexpr unsigned gfni = 1u << 8, avx_vnni = 1u << 4;
+    if (*avx2_obstacle()) return avx2_obstacle();
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool has_gfni = __get_cpuid_count(extended_features, 0, &a, &b, &c, &d) && (c & gfni) != 0;
+    const bool has_vnni = __get_cpuid_count(extended_features, 1, &a, &b, &c, &d) && (a & avx_vnni) != 0;
+    return has_gfni && has_vnni ? "" : "this processor lacks AVX-VNNI or GFNI";
+}
 #else
-const char* other_machine() { return "this build is not for x86-64"; }
+const char* without_avxvnni() { return "the compiler of this build does not know AVX-VNNI"; }
+#endif
+#else
+const char* not_x86() { return "this build is not for x86-64"; }
+#endif
+
+#if defined(SEPTET_ARM64)
+#if defined(__APPLE__)
+bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+// The bits of Linux, by value: old headers do not name them.
+bool has_dotprod() { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) & 1ul << 13) != 0; }
+#endif
+const char* dotprod_obstacle() { return has_dotprod() ? "" : "this processor lacks the dot product instructions"; }
+const char* i8mm_obstacle() { return has_dotprod() && has_i8mm() ? "" : "this processor lacks the int8 matrix or dot product instructions"; }
+#else
+const char* not_arm() { return "this build is not for AArch64"; }
+#endif
 
 const Candidate candidates[] = {
     {"scalar", &kScalarKernels, none},
-    {"avx2", nullptr, other_machine},
-    {"avx512", nullptr, other_machine},
-    {"avx512vbmi", nullptr, other_machine},
-};
+#if defined(SEPTET_X86)
+    {"avx2", &kAvx2Kernels, avx2_obstacle},
+#if defined(SEPTET_AVX_VNNI)
+    {"avxvnni", &kAvxVnniKernels, avxvnni_obstacle},
+#else
+    {"avxvnni", nullptr, without_avxvnni},
 #endif
+    {"avx512", &kAvx512Kernels, avx512_obstacle},
+    {"avx512vbmi", &kAvx512VbmiKernels, avx512vbmi_obstacle},
+#else
+    {"avx2", nullptr, not_x86},
+    {"avxvnni", nullptr, not_x86},
+    {"avx512", nullptr, not_x86},
+    {"avx512vbmi", nullptr, not_x86},
+#endif
+#if defined(SEPTET_ARM64)
+    {"neon", &kNeonKernels, none},
+    {"neon-dotprod", &kNeonDotprodKernels, dotprod_obstacle},
+    {"neon-i8mm", &kNeonI8mmKernels, i8mm_obstacle},
+#else
+    {"neon", nullptr, not_arm},
+    {"neon-dotprod", nullptr, not_arm},
+    {"neon-i8mm", nullptr, not_arm},
+#endif
+};
 constexpr int kCandidates = sizeof candidates / sizeof candidates[0];
 
 struct Choice { const KernelTable* kernels; int error; };

@@ -79,8 +79,16 @@ struct KernelTable {
 };
 
 extern const KernelTable kScalarKernels;
+extern const ModelSteps kPlainModelSteps;
 #if defined(SEPTET_X86)
 extern const KernelTable kAvx2Kernels, kAvx512Kernels, kAvx512VbmiKernels;
+extern const ModelSteps kAvx2ModelSteps;
+#endif
+#if defined(SEPTET_AVX_VNNI)
+extern const KernelTable kAvxVnniKernels;
+#endif
+#if defined(SEPTET_ARM64)
+extern const KernelTable kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
 #endif
 
 // The table in use, or nullptr and an error number (septet.h) when SEPTET_CPU cannot be obeyed. In dispatch.cpp.

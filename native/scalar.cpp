@@ -1,5 +1,4 @@
 // The plain kernels: short, portable, and what every other set must equal.
-#include "model_steps.h"
 #include "steps.h"
 #include "tables.h"
 #include "viterbi_kernel.h"
@@ -97,7 +96,7 @@ const KernelTable kScalarKernels = {
     decoded_product, row_product, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_scalar,
-    &kModelSteps,
+    &kPlainModelSteps,
 };
 
 }  // namespace septet

@@ -1,7 +1,7 @@
 // Float and sum steps as plain loops, for a compiler to vectorize with the flags of the file that includes this.
 //
 // These define every rounding of the int8 path, so each is written in the order that septet.h states, and the build forbids fused multiply-adds.
-// Included once per instruction set; the anonymous namespace keeps the copies apart.
+// Included once per instruction set; the anonymous namespace keeps the copies apart; `inline` means that not every file needs all of them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -52,19 +52,19 @@ inline void prefetch_tile(const uint8_t* tile) {
 inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, sizeof bits); return bits; }
 inline float float_of(int32_t bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
 
-void multiply(const float* a, const float* b, int64_t count, float* out) {
+inline void multiply(const float* a, const float* b, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i++) out[i] = a[i] * b[i];
 }
 
 // 1 / sqrt(block) as float32; 2^-k is exact, and sqrt(0.5) is correctly rounded here.
-float inverse_root(int64_t block) {
+inline float inverse_root(int64_t block) {
     double value = 1.0;
     for (; block >= 4; block /= 4) value /= 2;
     return static_cast<float>(block == 2 ? value * 0.70710678118654752440 : value);
 }
 
 // Stages h, 2h .. block/2 and the final multiplication.
-void hadamard_from(float* x, int64_t count, int64_t block, int64_t h) {
+inline void hadamard_from(float* x, int64_t count, int64_t block, int64_t h) {
     const float factor = inverse_root(block);
     for (const float* end = x + count; x < end; x += block) {
         for (int64_t half = h; half < block; half *= 2)
@@ -81,7 +81,7 @@ void hadamard_from(float* x, int64_t count, int64_t block, int64_t h) {
     }
 }
 
-float quantize(const float* x, int64_t count, int8_t* q) {
+inline float quantize(const float* x, int64_t count, int8_t* q) {
     constexpr int32_t infinity = 0x7F800000;
     int32_t largest = 0;  // bit patterns of absolute values order like the values, NaN and infinity on top
     for (int64_t i = 0; i < count; i++) {
@@ -104,7 +104,7 @@ float quantize(const float* x, int64_t count, int8_t* q) {
     return absmax / 127.0f;
 }
 
-void pair_sums(const int8_t* x, int64_t count, int32_t* sums) {
+inline void pair_sums(const int8_t* x, int64_t count, int32_t* sums) {
     int32_t even = 0, odd = 0;
     for (int64_t i = 0; i < count; i += 2) {
         even += x[i];
@@ -114,11 +114,11 @@ void pair_sums(const int8_t* x, int64_t count, int32_t* sums) {
     sums[1] = odd;
 }
 
-void add_segment(const int32_t* sums, float scale, float* y) {
+inline void add_segment(const int32_t* sums, float scale, float* y) {
     for (int o = 0; o < kTileOutputs; o++) y[o] = y[o] + scale * static_cast<float>(sums[o]);
 }
 
-void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y) {
+inline void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGroup& group, float scale, float* y) {
     const int32_t* even = sums;
     const int32_t* odd = sums + kTileOutputs;
     if (group.offset[0] == nullptr) {
@@ -140,13 +140,13 @@ void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGroup& gro
     }
 }
 
-uint64_t read_sum(const uint64_t* data, int64_t count) {
+inline uint64_t read_sum(const uint64_t* data, int64_t count) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < count; i++) sum += data[i];
     return sum;
 }
 
-void rescale(float* values, int64_t tiles, const SplitGroup& group) {
+inline void rescale(float* values, int64_t tiles, const SplitGroup& group) {
     for (int64_t input = 0; input < tiles * kTileInputs; input++, values += kTileOutputs) {
         const float* scale = group.scale[input & 1];
         const float* offset = group.offset[input & 1];

@@ -105,6 +105,6 @@ constexpr ViterbiKernel viterbi_kernel() {
     return kernel;
 }
 
-extern const ViterbiKernel viterbi_scalar, viterbi_avx2, viterbi_avx512;
+extern const ViterbiKernel viterbi_scalar, viterbi_avx2, viterbi_avx512, viterbi_neon;
 
 }  // namespace septet

@@ -1,4 +1,4 @@
-"""Small models for checkpoint tests, written with nothing but the standard library and NumPy, and a plan for them."""
+"""Small models for checkpoint tests, written with nothing but the standard library and NumPy, a plan for them, and fixtures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.directory import ModelDirectory
@@ -93,3 +94,33 @@ def quantize(source: Path, out: Path, resume: bool = False, threads: int = 1, **
 def contents(path: Path) -> dict[str, bytes]:
     """Every file of a directory."""
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model to quantize."""
+    return write_model(tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the checkpoint shall appear."""
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an intact septet checkpoint of it."""
+    path = tmp_path_factory.mktemp("intact")
+    quantize(write_model(path / "source"), path / "out")
+    return contents(path / "out")
+
+
+@pytest.fixture
+def made(intact: dict[str, bytes], tmp_path: Path) -> Path:
+    """A copy of it that may be damaged."""
+    path = tmp_path / "made"
+    path.mkdir()
+    for name, content in intact.items():
+        (path / name).write_bytes(content)
+    return path

@@ -18,7 +18,7 @@ PROMPT = "Seven bits"
 TEXT = "Two neighbouring weights share seven bits, and no bit is idle. " * 20
 
 
-def septet(*arguments: object, input: str | None = None) -> Result:
+def septet(*arguments: object, input: str | bytes | None = None) -> Result:
     """Run a command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
 

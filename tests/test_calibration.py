@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,18 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
-from septet.calibration import Calibrator, Sensitivity, measure, sample_windows  # noqa: E402
+from septet.calibration import Calibrator, Machine, Sensitivity, measure, sample_windows  # noqa: E402
+from septet.calibration.sensitivity import load_array, save_array  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402
-from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
+from septet.cli.device import in_host_memory  # noqa: E402
+from septet.errors import CheckpointError, OptionError, UnsupportedModelError  # noqa: E402
 from septet.loading import load_model  # noqa: E402
 from septet.model import LayerPlan, plan  # noqa: E402
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 
 START = 256
+#: Models are treated as on a GPU: blocks are brought and taken away, several windows are computed together, sums are torch's own.
+AS_ON_A_GPU = Machine(device="cpu:0")
 
 
 def windows(count: int = 3, context: int = 16) -> torch.Tensor:
@@ -43,14 +48,15 @@ def quantized(model: torch.nn.Module, group: list[LayerPlan], known: GroupStatis
 
 
 def run_through(
-    load_it: Callable[[], torch.nn.Module], threads: int = 1, sensitivity: Sensitivity | None = None
+    load_it: Callable[[], torch.nn.Module], machine: Machine, sensitivity: Sensitivity | None = None
 ) -> tuple[dict[str, GroupStatistics], dict[str, QuantizedTensor]]:
     """Calibrate and quantize every layer: statistics by group, results by layer."""
     model, source = load_it(), load_it()
     layers = plan(source, QuantizeOptions(head="keep"))
-    calibrator, statistics, made = Calibrator(model, layers, windows(), threads, sensitivity), {}, {}
+    calibrator, statistics, made = Calibrator(model, layers, windows(), machine, sensitivity), {}, {}
     for group in groups_of(layers):
-        known = statistics[group[0].group] = calibrator.statistics(group)
+        known = calibrator.statistics(group)
+        known = statistics[group[0].group] = known and in_host_memory(known)
         for layer, result in zip(group, quantized(source, group, known)):
             made[layer.name] = result
             calibrator.take_over(layer, result)
@@ -66,9 +72,11 @@ def inputs_of(model: torch.nn.Module, layer: LayerPlan) -> np.ndarray:
     return torch.cat(seen).reshape(-1, layer.shape[1]).double().numpy()
 
 
-def check_statistics(load_it: Callable[[], torch.nn.Module], sensitivity: Sensitivity | None = None) -> None:
+def check_statistics(
+    load_it: Callable[[], torch.nn.Module], sensitivity: Sensitivity | None = None, machine: Machine | None = None
+) -> None:
     """Every Hessian is that of a model whose earlier layers are quantized, and drift is against one whose are not."""
-    statistics, made = run_through(load_it, sensitivity=sensitivity)
+    statistics, made = run_through(load_it, machine or Machine(1), sensitivity)
     model, original = load_it(), load_it()
     for group in groups_of(plan(model, QuantizeOptions(head="keep"))):
         known, rows = statistics[group[0].group], inputs_of(model, group[0])
@@ -86,17 +94,88 @@ def check_statistics(load_it: Callable[[], torch.nn.Module], sensitivity: Sensit
             model.get_submodule(layer.name).weight.data = weight.T.contiguous() if layer.kind == "conv1d" else weight
 
 
+def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "kept.npy"
+    save_array(file, np.arange(1000))
+    content = file.read_bytes()
+    assert np.array_equal(load_array(file), np.arange(1000))
+    for damaged in (b"", content[:70], content[:-1], content.replace(b"(1000,)", b"(1<<9,)"), content.replace(b"1000,", b"10**9")):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="kept.npy must hold an array, got .*; delete .* and run the same command with --resume"):
+            load_array(file)
+
+
 def test_hessians_are_those_behind_the_quantized_prefix(tiny_model_dir: Path) -> None:
     check_statistics(lambda: load(tiny_model_dir))
 
 
-def measured(path: Path, threads: int = 1, seed: int = 0) -> Sensitivity:
+def measured(path: Path, machine: Machine | None = None, seed: int = 0) -> Sensitivity:
     model = load(path)
-    return measure(model, plan(model, QuantizeOptions(head="keep")), windows(), seed, threads)
+    return measure(model, plan(model, QuantizeOptions(head="keep")), windows(), seed, machine or Machine(1))
+
+
+class Mixture(torch.nn.Module):
+    """Three copies of an MLP; each token goes to one of the first two, the third never sees any."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        chosen, output = (hidden[..., 0] > 0).long(), torch.zeros_like(hidden)
+        for number in range(2):
+            output[chosen == number] = self.experts[number](hidden[chosen == number])
+        return output
+
+
+def load_mixture(path: Path) -> torch.nn.Module:
+    model = load(path)
+    for block in model.model.layers:
+        block.mlp = Mixture(block.mlp)
+    return model
+
+
+@pytest.mark.parametrize("measured_first", [False, True])
+def test_experts_share_the_statistics_of_all_their_tokens(measured_first: bool, tiny_model_dir: Path) -> None:
+    model, sensitivity = load_mixture(tiny_model_dir), None
+    layers = plan(model, QuantizeOptions(head="keep"))
+    if measured_first:
+        sensitivity = measure(load_mixture(tiny_model_dir), layers, windows())
+    statistics, made = run_through(lambda: load_mixture(tiny_model_dir), Machine(1), sensitivity)
+    group = [layer for layer in layers if layer.name.startswith("model.layers.0.mlp.experts.") and "down" not in layer.name]
+    known = statistics[group[0].group]
+    assert len(group) == 6 and len({layer.group for layer in group}) == 1
+    for layer in layers[: layers.index(group[0])]:
+        model.get_submodule(layer.name).weight.data = torch.from_numpy(dequantize(made[layer.name]))
+    rows = np.concatenate([inputs_of(model, layer) for layer in group if layer.name.endswith(("0.gate_proj", "1.gate_proj"))])
+    true = rows.T @ rows / len(rows)
+    if measured_first:
+        assert known.inputs.trace() == pytest.approx(true.trace(), rel=1e-4)
+    else:
+        assert np.abs(known.inputs - true).max() <= 1e-4 * np.abs(true).max()
+    assert all(0 < made[layer.name].relative_error < 1 for layer in group)
 
 
 def test_drift_is_against_the_unquantized_model(tiny_model_dir: Path) -> None:
     check_statistics(lambda: load(tiny_model_dir), measured(tiny_model_dir))
+
+
+def test_a_gpu_sees_the_same(tiny_model_dir: Path) -> None:
+    found = measured(tiny_model_dir, AS_ON_A_GPU)
+    check_statistics(lambda: load(tiny_model_dir), found, AS_ON_A_GPU)
+    check_statistics(lambda: load(tiny_model_dir), None, AS_ON_A_GPU)
+
+
+def test_a_model_comes_back_from_a_gpu_as_it_was(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is too large to be there as a whole."""
+    model = load_model(tiny_model_dir, dtype="bfloat16")
+    before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()}
+    whole = sample_windows(model, 3, 8, START, machine=AS_ON_A_GPU)
+    monkeypatch.setattr("septet.calibration.sampling._MOST_BYTES_FOR_WEIGHTS", 0)
+    assert torch.equal(whole, sample_windows(model, 3, 8, START, machine=AS_ON_A_GPU))
+    measure(model, plan(model, QuantizeOptions(head="keep")), windows(), machine=AS_ON_A_GPU)
+    assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> None:
@@ -135,7 +214,7 @@ def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> N
 def test_sensitivity_does_not_depend_on_threads(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = load(tiny_model_dir)
     layers = plan(model, QuantizeOptions(head="keep"))
-    one, three, other = measured(tiny_model_dir), measured(tiny_model_dir, 3), measured(tiny_model_dir, seed=1)
+    one, three, other = measured(tiny_model_dir), measured(tiny_model_dir, Machine(3)), measured(tiny_model_dir, seed=1)
     measure(model, layers, windows(), found=Sensitivity(tmp_path))
     kept = Sensitivity(tmp_path)
     for layer in layers:
@@ -157,7 +236,7 @@ def test_a_model_with_conv1d_and_biases() -> None:
 
 def test_nothing_depends_on_threads(tiny_model_dir: Path) -> None:
     known = measured(tiny_model_dir)
-    one, three = (run_through(lambda: load(tiny_model_dir), threads, known) for threads in (1, 3))
+    one, three = (run_through(lambda: load(tiny_model_dir), Machine(threads), known) for threads in (1, 3))
     for group, statistics in three[0].items():
         assert one[0][group].inputs.tobytes() == statistics.inputs.tobytes()
         assert one[0][group].drift.tobytes() == statistics.drift.tobytes()
@@ -206,7 +285,7 @@ def test_a_model_writes_the_same_text_for_the_same_seed(tiny_model_dir: Path, mo
     model = load(tiny_model_dir)
     monkeypatch.setattr("septet.calibration.sampling._MOST_TOGETHER", 2)
     state = torch.get_rng_state()
-    first, threaded = (sample_windows(model, 5, 12, START, seed=3, threads=threads) for threads in (1, 3))
+    first, threaded = (sample_windows(model, 5, 12, START, seed=3, machine=Machine(threads)) for threads in (1, 3))
     assert first.shape == (5, 12) and first.dtype == torch.int64 and (first[:, 0] == START).all()
     assert torch.equal(first, threaded) and torch.equal(state, torch.get_rng_state())
     assert len({tuple(row) for row in first.tolist()}) == 5

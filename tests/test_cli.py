@@ -11,6 +11,8 @@ import pytest
 
 from command import assert_error, broken, flip_last_byte, quantized, septet, septet_json, septet_process  # noqa: F401 (fixtures)
 from septet import kernels
+from septet.errors import OptionError
+from septet.quantize.threads import default_threads
 
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 # ruff: noqa: F811 (fixtures are imported names)
@@ -59,6 +61,8 @@ def test_an_unexpected_error_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) ->
     result = septet("info")
     assert result.exit_code == 1 and "Traceback" not in result.stderr
     assert "error: [Errno 13] Permission denied: '/somewhere' (caused by KeyError: 'inner')\n\nhint: check the path" in result.stderr
+    monkeypatch.setattr("septet.cli.info.collect", lambda: bytes(1 << 62))
+    assert "error: the memory of this machine must suffice, got no more\n\nhint: use smaller sizes" in septet("info").stderr
     monkeypatch.setattr("septet.cli.info.collect", lambda: {}["missing"])
     assert "error: KeyError: 'missing'\n\nhint: septet did not expect this" in septet("info").stderr
 
@@ -80,6 +84,14 @@ def test_info_obeys_the_environment() -> None:
     forced = septet_process("info", "--json", SEPTET_BACKEND="reference")
     assert json.loads(forced.stdout)["backend"] == "reference"
     assert_error(septet_process("info", SEPTET_BACKEND="abacus"), "abacus", "reference (available)")
+
+
+def test_threads_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json.loads(septet_process("info", "--json", SEPTET_THREADS="", OMP_NUM_THREADS="3,1").stdout)["threads"] == 3
+    assert_error(septet_process("info", SEPTET_THREADS="²"), "SEPTET_THREADS=²")
+    monkeypatch.setenv("SEPTET_THREADS", "²")
+    with pytest.raises(OptionError, match="SEPTET_THREADS must be a positive number, got '²'"):
+        default_threads()
 
 
 def test_no_color_is_respected() -> None:
@@ -119,7 +131,10 @@ def test_quantize_refuses_to_overwrite_and_resumes(tiny_model_dir: Path, quantiz
         (["--calibration", "text.txt"], ["the text must be a readable file", "text.txt"]),
         (["--effort", "0", "--calibration", "self"], ["efforts above 0 and calibration need each other"]),
         (["--effort", "2", "--calibration", "none"], ["efforts above 0 and calibration need each other"]),
-        (["--device", "cuda"], ["device must be cpu, got cuda", "later version"]),
+        (["--device", "gpu"], ["device must be cpu, cuda or cuda:N, got gpu", "correct the option"]),
+        (["--seed", "-1"], ["seed must be in 0..4294967295, got -1"]),
+        (["--bits", "nan"], ["bits of code trellis must be 3.0 to 4.0", "got nan"]),
+        (["--calibration", "."], ["the text must be a readable file", "Is a directory"]),
         (["--bits", "5"], ["bits of code trellis must be 3.0 to 4.0", "got 5.0"]),
         (["--code", "split", "--bits", "3"], ["bits of code split must be 3.5, got 3.0"]),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import contents
-from command import quantized, septet, septet_json, text_file  # noqa: F401
+from command import assert_error, quantized, septet, septet_json, text_file  # noqa: F401
 from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.stream import Hooks, quantize_checkpoint
 from septet.errors import OptionError
@@ -112,3 +112,12 @@ def test_effort_3_keeps_what_loses_less(tiny_model_dir: Path, tmp_path: Path) ->
     assert losses[kept] == min(losses.values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert stored_average(tmp_path / "out") <= 3.5
+
+
+@pytest.mark.parametrize("content", ["", "a", "\0"])
+def test_a_text_that_is_too_short_leaves_nothing(content: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(content)
+    result = septet("quantize", tiny_model_dir, tmp_path / "new" / "out", "--calibration", text)
+    assert_error(result, "the text must fill at least 2 windows of 512 tokens", "give a longer text")
+    assert list(tmp_path.iterdir()) == [text]

@@ -44,6 +44,7 @@ def test_run_refuses_options(tiny_model_dir: Path) -> None:
     for option, value in (("--temperature", -1), ("--top-p", 0), ("--top-k", -1), ("--max-new-tokens", 0)):
         assert_error(septet("run", tiny_model_dir, PROMPT, option, value), option.strip("-").replace("-", "_"))
     assert_error(septet("run", tiny_model_dir, ""), "at least one token")
+    assert_error(septet("run", tiny_model_dir, "\udcff"), "a text must be UTF-8")
     assert_error(septet("run", tiny_model_dir, "x" * 1024), "1024 positions")
     assert_error(septet("run", tiny_model_dir, PROMPT, "--activations", "float"), "septet directories only")
 
@@ -53,6 +54,11 @@ def test_chat_answers_each_line(quantized: dict[str, Path]) -> None:
     assert result.exit_code == 0, result.stderr
     one = septet("chat", quantized["split"], "Hello", "--max-new-tokens", 4).stdout
     assert result.stdout.startswith(one) and len(result.stdout) > len(one)
+
+
+def test_chat_refuses_what_is_no_text(quantized: dict[str, Path]) -> None:
+    result = septet("chat", quantized["split"], "--max-new-tokens", 4, input=b"Hello \xff\n")
+    assert_error(result, "messages must be UTF-8")
 
 
 def test_chat_needs_a_template(tiny_model_dir: Path, tmp_path: Path) -> None:

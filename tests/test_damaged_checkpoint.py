@@ -8,30 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import checkpoints
+from checkpoints import intact, made  # noqa: F401 (fixtures)
 from septet import checkpoint
 from septet.checkpoint.tensor_file import open_tensor_file
 from septet.errors import CheckpointError, SpecVersionError, UnsupportedModelError
 
+# ruff: noqa: F811 (fixtures are imported names)
+
 KEY = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of an intact septet checkpoint."""
-    path = tmp_path_factory.mktemp("intact")
-    checkpoints.quantize(checkpoints.write_model(path / "source"), path / "out")
-    return checkpoints.contents(path / "out")
-
-
-@pytest.fixture
-def made(intact: dict[str, bytes], tmp_path: Path) -> Path:
-    """A copy of it that may be damaged."""
-    path = tmp_path / "made"
-    path.mkdir()
-    for name, content in intact.items():
-        (path / name).write_bytes(content)
-    return path
 
 
 def edit_config(path: Path, change: Callable[[dict], object]) -> None:
@@ -106,6 +90,13 @@ def test_a_description_that_contradicts_the_tensors(change: Callable, message: s
         checkpoint.inspect(made)
 
 
+@pytest.mark.parametrize("value", ["0.1", [0.1], True, None, float("nan")])
+def test_an_error_that_is_no_number_is_not_shown(value: object, made: Path) -> None:
+    edit_config(made, lambda q: q["layers"][KEY].update(relative_error=value))
+    shown = [row["relative_error"] for row in checkpoint.inspect(made)["tensors"] if row["name"] == KEY]
+    assert shown == [None] or isinstance(value, float)
+
+
 def test_checksums_must_be_of_exactly_the_stored_tensors(made: Path) -> None:
     edit_config(made, lambda q: q["crc32"].update(ghost=q["crc32"].pop("model.norm.weight")))
     found = problems(made)
@@ -122,7 +113,7 @@ def test_tables_of_another_type(part: str, value: object, made: Path) -> None:
 
 def test_hashes_of_files_outside_are_not_looked_at(made: Path) -> None:
     hashes = json.loads((made / "septet.json").read_text())
-    for name in ("../secret", "/etc/passwd", ""):
+    for name in ("../secret", "/etc/passwd", "", "a\0b"):
         (made / "septet.json").write_text(json.dumps(hashes | {"files": {name: "0" * 64}}))
         assert any("do not trust this checkpoint" in problem for problem in problems(made))
 

@@ -77,10 +77,26 @@ def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
         Sampler(Sampling()).draw(np.array([0, value], np.float32))
 
 
-@pytest.mark.parametrize("option", [{"min_p": 1.1}, {"repetition_penalty": 0.0}, {"seed": -1}, {"top_p": 0.0}, {"temperature": -1.0}])
-def test_options_out_of_range(option: dict) -> None:
-    with pytest.raises(OptionError, match=next(iter(option))):
-        Sampling(**option)
+OUT_OF_RANGE = {
+    "max_new_tokens": (0,),
+    "min_p": (-0.1, 1.1, np.nan),
+    "repetition_penalty": (0.0, 1e-300, np.inf, np.nan),
+    "seed": (-1,),
+    "temperature": (-1.0, np.nan),
+    "top_k": (-1,),
+    "top_p": (0.0, 1.5, np.nan),
+}
+
+
+@pytest.mark.parametrize("option, value", [(option, value) for option, values in OUT_OF_RANGE.items() for value in values])
+def test_options_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(OptionError, match=option):
+        Sampling(**{option: value})
+
+
+def test_temperatures_at_the_ends() -> None:
+    assert drawn(temperature=5e-324) == {1}
+    assert drawn(temperature=np.inf) == {0, 1, 2, 3}
 
 
 # ---- tokens ----
@@ -115,6 +131,37 @@ def test_templates_are_rendered_as_by_transformers(tiny_model_dir: Path, tmp_pat
     (copy / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(CheckpointError, match="chat template"):
         Tokenizer(copy).chat(messages)
+
+
+BROKEN_TEMPLATES = (b"{{ 1 / 0 }}", b"{{ messages + 1 }}", b"{{ messages[9].role.x }}", b"{{ strftime_now(7) }}", b"{% if %}", b"\xff")
+
+
+@pytest.mark.parametrize("template", BROKEN_TEMPLATES)
+def test_broken_templates(template: bytes, tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_bytes(template)
+    with pytest.raises(CheckpointError, match=r"chat.template.* must .*, got .*; "):
+        Tokenizer(copy).chat([{"role": "user", "content": "Hello"}])
+
+
+def test_templates_with_odd_names(tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+    (copy / "chat_template.jinja").unlink()
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    entries = [{"name": ["default"], "template": "no"}, 7, {"name": "default", "template": "yes"}]
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": entries, "bos_token": ["x"], "eos_token": {"content": 1}})
+    )
+    assert Tokenizer(copy).chat_template == "yes"
+
+
+def test_texts_that_are_no_unicode(tiny_model_dir: Path) -> None:
+    for tokenizer in (Tokenizer(tiny_model_dir), load_tokenizer(tiny_model_dir)):
+        with pytest.raises(OptionError, match="a text must be UTF-8, got a byte that is no character, at place 1"):
+            generate.encode(tokenizer, "a\udcff")
+        with pytest.raises(OptionError, match="a text must be UTF-8"):
+            generate.chat_prompt(tokenizer, [{"role": "user", "content": "\udcff"}])
+        assert generate.encode(tokenizer, "a\0b")
 
 
 def test_damaged_tokenizers(tiny_model_dir: Path, tmp_path: Path) -> None:

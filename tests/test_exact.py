@@ -7,7 +7,7 @@ import pytest
 
 from septet.errors import ShapeError
 from septet.quantize import exact
-from septet.quantize.hessian import HessianSum, rotate_hessian, shrink
+from septet.quantize.hessian import HessianSum, rotate_hessian
 
 
 def spread(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -67,11 +67,3 @@ def test_rotated_hessian_is_that_of_the_rotated_inputs(rng: np.random.Generator,
     tokens, scale = rng.standard_normal((30, 24)), rng.standard_normal(24).astype(np.float32)
     rotated = (tokens * scale) @ sylvester(24, block)
     np.testing.assert_allclose(rotate_hessian(tokens.T @ tokens, scale, block), rotated.T @ rotated, atol=1e-12 * 30)
-
-
-def test_shrinking_goes_from_the_layer_to_the_expert() -> None:
-    expert, layer = np.eye(4), np.full((4, 4), 2.0)
-    assert np.array_equal(shrink(expert, 0, layer), layer)
-    np.testing.assert_allclose(shrink(expert, 4, layer), (expert + layer) / 2)
-    np.testing.assert_allclose(shrink(expert, 10**9, layer), expert, atol=1e-7)
-    assert np.array_equal(shrink(expert, 0, layer, weight=0), layer)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+from checkpoints import intact, made, out, source  # noqa: F401 (fixtures)
 from septet import checkpoint
 from septet.checkpoint.directory import open_directory
 from septet.checkpoint.stream import Hooks, quantize_checkpoint
@@ -21,33 +22,7 @@ from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
 from septet.errors import CheckpointError, CodeRangeError, OptionError, UnsupportedModelError
 
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return checkpoints.write_model(tmp_path / "source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of an intact septet checkpoint."""
-    path = tmp_path_factory.mktemp("intact")
-    checkpoints.quantize(checkpoints.write_model(path / "source"), path / "out")
-    return checkpoints.contents(path / "out")
-
-
-@pytest.fixture
-def made(intact: dict[str, bytes], tmp_path: Path) -> Path:
-    """A copy of it that may be damaged."""
-    path = tmp_path / "made"
-    path.mkdir()
-    for name, content in intact.items():
-        (path / name).write_bytes(content)
-    return path
+# ruff: noqa: F811 (fixtures are imported names)
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
@@ -140,7 +115,7 @@ def test_pickle_is_refused_with_a_hint(source: Path, out: Path) -> None:
         checkpoints.quantize(source, out)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b.safetensors", "", 7])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b.safetensors", "a\0.safetensors", "", 7])
 def test_an_index_cannot_leave_the_directory(name: object, tmp_path: Path) -> None:
     source = checkpoints.write_model(tmp_path / "source", shards=2)
     edit_json(source / "model.safetensors.index.json", lambda index: index["weight_map"].update({"model.norm.weight": name}))
@@ -179,9 +154,7 @@ def test_weights_that_contradict_the_config(source: Path, out: Path) -> None:
         checkpoints.write_shard(source / "model.safetensors", changed)
         with pytest.raises(CheckpointError, match=message):
             checkpoints.quantize(source, out)
-        for file in (out.parent / "out.partial").iterdir():
-            file.unlink()
-        (out.parent / "out.partial").rmdir()
+        assert [path.name for path in out.parent.iterdir()] == ["source"]
 
 
 def test_a_nan_is_named(source: Path, out: Path) -> None:
@@ -205,6 +178,26 @@ def test_a_source_that_is_not_there(tmp_path: Path, out: Path) -> None:
 
 
 # writing
+
+
+def test_a_run_that_fails_before_it_has_made_anything_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    everything = checkpoints.tensors()
+    everything["model.embed_tokens.weight"][7, 3] = 0x7FC0
+    checkpoints.write_shard(source / "model.safetensors", everything)
+    for resume in (False, True):
+        with pytest.raises(CodeRangeError, match="row 7"):
+            checkpoints.quantize(source, tmp_path / "new" / "folder" / "out", resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_somebody_else_put_into_an_unfinished_run_stays(source: Path, out: Path, tmp_path: Path) -> None:
+    def crash(directory: object, options: object) -> list:
+        (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+        raise UnsupportedModelError("a model must have layers", "none", "choose another one")
+
+    with pytest.raises(UnsupportedModelError):
+        quantize_checkpoint(source, out, checkpoint.QuantizeOptions(), Hooks(crash))
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
 
 
 def test_a_full_disk_keeps_what_is_done(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,14 +235,33 @@ def test_two_runs_and_other_options_keep_apart(source: Path, out: Path) -> None:
     workspace = Workspace(out, {"options": 1}, resume=False)
     with pytest.raises(CheckpointError, match="one run at a time"):
         Workspace(out, {"options": 1}, resume=True)
+    workspace.record("job", crc32={}, layers={})
     workspace.close()
     with pytest.raises(CheckpointError, match="same source and options, got other options"):
         Workspace(out, {"options": 2}, resume=True)
 
 
+def test_a_json_file_without_an_end_takes_no_memory(source: Path, out: Path) -> None:
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="config.json must have at most 100000000 bytes"):
+        checkpoints.quantize(source, out)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"code": "vq"}, {"bits_per_weight": 2.5}, {"code": "split", "bits_per_weight": 4.0}, {"head": "fp4"}, {"rotation_block": 96}],
+    [
+        {"code": "vq"},
+        {"bits_per_weight": 2.5},
+        {"bits_per_weight": float("nan"), "allocation": "measured"},
+        {"bits_per_weight": float("inf"), "allocation": "measured"},
+        {"seed": -1},
+        {"seed": 1 << 32},
+        {"calibration_tokens": 1 << 60},
+        {"code": "split", "bits_per_weight": 4.0},
+        {"head": "fp4"},
+        {"rotation_block": 96},
+    ],
 )
 def test_unknown_options(options: dict) -> None:
     with pytest.raises(OptionError, match="must be"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +85,23 @@ def test_without_any_fortran_library_the_reason_says_what_is_missing(monkeypatch
         monkeypatch.setenv("SEPTET_FORTRAN", name)
         with pytest.raises(BackendUnavailableError, match=name):
             fortran_library.open_library()
+
+
+def test_the_build_goes_on_without_fortran_compilers(tmp_path: Path) -> None:
+    """native/fortran in a project of its own, where no program can be found: it configures and builds, and names what is missing."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake, ninja = (shutil.which(name, path=path) for name in ("cmake", "ninja"))
+    if not (cmake and ninja):
+        pytest.skip("needs cmake and ninja; make test installs them")
+    source = Path(__file__).parent.parent / "native" / "fortran"
+    project = f'cmake_minimum_required(VERSION 3.18)\nproject(septet LANGUAGES NONE)\nadd_subdirectory("{source}" fortran)\n'
+    (tmp_path / "CMakeLists.txt").write_text(project)
+    blind = [f"-DCMAKE_FIND_USE_{kind}_PATH=OFF" for kind in ("SYSTEM_ENVIRONMENT", "CMAKE_SYSTEM")]
+    command = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *blind, "-S", tmp_path, "-B", tmp_path / "build"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for compiler in ("flang", "gfortran"):
+        assert f"{compiler} is missing (Debian: apt-get install gfortran flang-22); built without it" in done.stdout
+    built = subprocess.run([cmake, "--build", tmp_path / "build"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout
+    assert not list(tmp_path.rglob("*.so"))

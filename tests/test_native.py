@@ -70,6 +70,39 @@ def test_long_sums_do_not_overflow() -> None:
         equal(native.trellis_accumulate(packed, 8, xq), reference.trellis_accumulate(packed, 8, xq))
 
 
+def test_long_split_sums_do_not_overflow() -> None:
+    """28672 inputs of one sign meet the largest fields, 15 and 7: every sum is 14336 times one product."""
+    packed, scales = np.full((1, 7168 * 112), 255, np.uint8), np.ones((1, 1), np.float32)
+    for value in (127, -128):
+        xq = np.full((1, 28672), value, np.int8)
+        for steps, field in (((1, 0), 15), ((0, 1), 7)):
+            found = native.split_product(packed, np.array([steps], np.float32), None, xq, scales, 28672, 64)
+            zero_point = 8 if field == 15 else 4
+            equal(found, np.full((1, 64), (field - zero_point) * 14336 * value, np.float32))
+
+
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_products_with_every_window(rng: np.random.Generator, bits: int) -> None:
+    """All 65536 windows, 42 in a tile side by side, times activations of both signs: the sums of the definition, exactly."""
+    places = 3 * np.arange(42)
+    windows = (np.arange(4 * 391 * 42) % (1 << 16)).reshape(-1, 42)
+    assert len(np.unique(windows)) == 1 << 16
+    symbols = np.zeros((len(windows), 128), np.uint8)
+    for part in range(3):
+        symbols[:, places + part] = windows >> bits * part & (1 << bits) - 1
+    packed = native.pack(symbols.reshape(4, 391, 128), bits)
+    levels = reference.trellis_levels(packed, bits)
+    pairs = levels.reshape(4, 64, 391, 2, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 128, 2)
+    np.testing.assert_array_equal(pairs[:, places], reference.trellis.window_levels(bits)[windows])
+    xq = random_int8(rng, 3, 391 * 4)
+    xq[1] = -128
+    wanted = (xq.astype(np.int64) @ levels.astype(np.int64).T).astype(np.int32)
+    assert (wanted < 0).any()
+    equal(native.trellis_accumulate(packed, bits, xq), wanted)
+    ones = np.ones((3, 1), np.float32)
+    equal(native.trellis_product(packed, bits, xq, ones, 391 * 4), wanted.astype(np.float32))
+
+
 @pytest.mark.parametrize("bits", [6, 7, 8])
 @pytest.mark.parametrize("segment", [1, 2, 4, 10, 64, 256, 4096])
 def test_trellis_product(rng: np.random.Generator, segment: int, bits: int) -> None:

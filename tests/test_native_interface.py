@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from native_cases import SETS, SIZES, equal, instruction_set, native, padded, random_int8, random_packed  # noqa: F401
+from septet.codes import trellis_search
 from septet.errors import BackendUnavailableError, CodeRangeError, OptionError, ShapeError
 from septet.kernels import reference
 
@@ -224,3 +226,33 @@ assert os.waitpid(child, 0)[1] == 0 and product() == before
 
 def test_generated_tables_are_up_to_date() -> None:
     assert subprocess.run([sys.executable, "tools/generate_tables.py", "--check"], cwd=ROOT).returncode == 0
+
+
+def header_functions() -> set[str]:
+    """Every function that include/septet.h declares."""
+    header = (ROOT / "include" / "septet.h").read_text()
+    return set(re.findall(r"^SEPTET_API [^(;]*?\b(septet_\w+)\(", header, flags=re.MULTILINE))
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_the_library_has_the_functions_of_the_header() -> None:
+    """Fortran has no instruction sets and no threads to ask for, and its models are a program; all else is there under the same names."""
+    expected = header_functions()
+    assert len(expected) > 30
+    if native.module.NAME == "fortran":
+        expected = {name for name in expected if not re.search("instruction_set|default_threads|read_sum|engine", name)}
+        assert {"septet_pack", "septet_split_product", "septet_trellis_search", "septet_linear"} <= expected
+    library = native.library()
+    assert [name for name in sorted(expected) if not hasattr(library, name)] == []
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_search_with_other_levels(rng: np.random.Generator) -> None:
+    levels = rng.integers(-127, 128, (1 << 16, 2), np.int8)
+    fixed = np.clip(rng.standard_normal((2, 256)) * 200, -1020, 1020).astype(np.int16)
+    symbols = np.empty((2, 128), np.uint8)
+    assert call("trellis_search", levels, fixed, 2, 7, symbols, 1) == 0
+    equal(symbols, trellis_search.search(fixed, levels, 7))
+    levels[77, 1] = -128
+    assert call("trellis_search", levels, fixed, 2, 7, symbols, 1) == call("trellis_encode", fixed + 4000, 2, 7, symbols, 1) == 7
+    assert call("trellis_search", None, fixed, 2, 7, symbols, 1) == 1 and call("trellis_search", levels, fixed, 2, 9, symbols, 1) == 3

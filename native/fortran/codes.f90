@@ -7,10 +7,11 @@ module septet_codes
   use septet_tables, only: level_table, multipliers
   implicit none
   private
-  public :: pack_tile, unpack_tile, stream_of, window_levels, trellis_tile, split_tile, split_fields
-  public :: tile_outputs, tile_inputs, tile_pairs, tail_bytes
+  public :: pack_tile, unpack_tile, stream_of, window_levels, trellis_tile, split_words, in_order, split_fields
+  public :: tile_outputs, tile_inputs, tile_pairs, tail_bytes, chunk
 
-  integer, parameter :: tile_outputs = 64, tile_inputs = 4, tile_pairs = 128
+  !> chunk: how many tiles are decoded at a time
+  integer, parameter :: tile_outputs = 64, tile_inputs = 4, tile_pairs = 128, chunk = 8
   !> A stream is followed by its own first bytes: windows wrap around, and every load of eight bytes stays inside
   integer, parameter :: tail_bytes = 8
   integer(c_int32_t), parameter :: wide_table(0:127) = level_table
@@ -114,41 +115,72 @@ contains
 
   pure integer(c_int64_t) function eight_bytes(bytes)
     integer(c_int8_t), intent(in) :: bytes(8)
-    eight_bytes = ior(iand(int(four_bytes(bytes(:4)), c_int64_t), 4294967295_c_int64_t), &
-                      shiftl(int(four_bytes(bytes(5:)), c_int64_t), 32))
+    eight_bytes = ior(iand(int(four_bytes(bytes, 0), c_int64_t), 4294967295_c_int64_t), &
+                      shiftl(int(four_bytes(bytes, 4), c_int64_t), 32))
   end function eight_bytes
 
-  !> The two symbols of every output of a tile of code "split" in one number: 4, 3, 4 and 3 bits for its four inputs
-  !
-  ! Four outputs take 56 bits = 7 bytes of the eight that are loaded; the later ones one byte early, so that no load leaves the tile.
-  pure subroutine split_tile(tile, words)
-    integer(c_int8_t), intent(in) :: tile(0:111)
-    integer(c_int16_t), intent(out) :: words(0:tile_outputs - 1)
-    integer(c_int64_t) :: four(0:15)
-    integer :: q, r
-    do q = 0, 7
-      four(q) = eight_bytes(tile(7 * q:7 * q + 7))
-    end do
-    do q = 8, 15
-      four(q) = shiftr(eight_bytes(tile(7 * q - 1:7 * q + 6)), 8)
-    end do
-    do concurrent (q = 0:15, r = 0:3)
-      words(4 * q + r) = int(ibits(four(q), 14 * r, 14), c_int16_t)
-    end do
-  end subroutine split_tile
-
-  pure integer(c_int32_t) function four_bytes(bytes)
-    integer(c_int8_t), intent(in) :: bytes(4)
-    four_bytes = ior(ior(octet(bytes(1)), ishft(octet(bytes(2)), 8)), ishft(octet(bytes(3)), 16))
-    four_bytes = ior(four_bytes, ishft(octet(bytes(4)), 24))
+  !> Bytes `offset` to `offset` + 3 of a run of bytes as one number
+  pure integer(c_int32_t) function four_bytes(bytes, offset)
+    integer(c_int8_t), intent(in) :: bytes(0:*)
+    integer, intent(in) :: offset
+    four_bytes = ior(ior(octet(bytes(offset)), ishft(octet(bytes(offset + 1)), 8)), ishft(octet(bytes(offset + 2)), 16))
+    four_bytes = ior(four_bytes, ishft(octet(bytes(offset + 3)), 24))
   end function four_bytes
+
+  !> Tiles of code "split": the lower 14 bits of words(h, j, t) are the fields of output 2*h + j - 3 of tile t (outputs 0 .. 63)
+  !
+  ! Two outputs take 28 bits, so eight such halves fill seven pieces of 32 bits: half q = 0 .. 7 begins in the piece before piece q
+  ! and ends in piece q. Every step is a plain vector operation, with the two outputs of a half in two vectors; `in_order` puts the
+  ! sums of all outputs in line again.
+  pure subroutine split_words(tiles, bytes, words)
+    integer, intent(in) :: tiles
+    integer(c_int8_t), intent(in) :: bytes(112 * tiles)
+    integer(c_int16_t), intent(out) :: words(tile_outputs / 2, 2, tiles)
+    integer(c_int32_t) :: pieces(0:28 * chunk + 1), halves(0:7, 0:4 * chunk - 1)
+    integer :: i, g, q
+    pieces(0) = 0
+    pieces(1) = four_bytes(bytes, 0)
+    do i = 1, 28 * tiles - 1  ! offset 1: gfortran makes one load of four only where none begins the run
+      pieces(i + 1) = four_bytes(bytes(4 * i), 1)
+    end do
+    pieces(28 * tiles + 1) = 0
+    do g = 0, 4 * tiles - 1
+      !dir$ nounroll
+      !GCC$ unroll 1
+      do q = 0, 7
+        halves(q, g) = ior(shiftr(shiftr(pieces(7 * g + q), 1), 31 - 4 * q), shiftl(pieces(7 * g + q + 1), 4 * q))
+      end do
+    end do
+    call cut_words(tiles, halves, words)
+  end subroutine split_words
+
+  pure subroutine cut_words(tiles, halves, words)
+    integer, intent(in) :: tiles
+    integer(c_int32_t), intent(in) :: halves(tile_outputs / 2, tiles)
+    integer(c_int16_t), intent(out) :: words(tile_outputs / 2, 2, tiles)
+    integer :: h, t
+    do t = 1, tiles
+      do h = 1, tile_outputs / 2
+        words(h, 1, t) = int(halves(h, t), c_int16_t)
+        words(h, 2, t) = int(shiftr(halves(h, t), 14), c_int16_t)
+      end do
+    end do
+  end subroutine cut_words
+
+  !> Sums of 64 outputs as `split_words` arranges them, output by output
+  pure function in_order(sums) result(ordered)
+    integer(c_int32_t), intent(in) :: sums(tile_outputs / 2, 2)
+    integer(c_int32_t) :: ordered(tile_outputs)
+    ordered = reshape(transpose(sums), [tile_outputs])
+  end function in_order
 
   !> Fields of a tile of code "split", outputs fastest: 0 .. 15 for inputs 0 and 2, 0 .. 7 for inputs 1 and 3
   pure subroutine split_fields(tile, fields)
     integer(c_int8_t), intent(in) :: tile(112)
     integer(c_int8_t), intent(out) :: fields(tile_outputs, tile_inputs)
-    integer(c_int16_t) :: words(tile_outputs)
-    call split_tile(tile, words)
+    integer(c_int16_t) :: arranged(tile_outputs / 2, 2, 1), words(tile_outputs)
+    call split_words(1, tile, arranged)
+    words = reshape(transpose(arranged(:, :, 1)), [tile_outputs])
     fields(:, 1) = int(ibits(words, 0, 4), c_int8_t)
     fields(:, 2) = int(ibits(words, 4, 3), c_int8_t)
     fields(:, 3) = int(ibits(words, 7, 4), c_int8_t)

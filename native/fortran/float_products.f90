@@ -3,8 +3,8 @@
 ! The order of additions is open here (SPEC.md section 5): a chunk of tiles becomes float32 weights, which all tokens then use.
 module septet_float_products
   use, intrinsic :: iso_c_binding, only: c_float, c_int8_t, c_int64_t
-  use septet_codes, only: split_fields, tile_inputs, tile_outputs
-  use septet_products, only: chunk, decode_levels
+  use septet_codes, only: chunk, split_fields, tile_inputs, tile_outputs
+  use septet_products, only: decode_levels
   implicit none
   private
   public :: trellis_row_float, split_row_float, split_weights

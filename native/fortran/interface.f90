@@ -1,7 +1,8 @@
 ! The C interface: the functions of include/septet.h with the names, arguments and error numbers that stand there
 !
-! The only file with bind(C). Arguments are checked here, as pointers and sizes; everything behind works on arrays. There are no
-! instruction sets to choose from, and `threads` is only checked: this backend works in the caller's thread.
+! Every function with bind(C) is here; arguments.f90 has the structures they take. Arguments are checked as pointers and sizes, and
+! everything behind works on arrays. There are no instruction sets to choose from, and `threads` is only checked: this backend works
+! in the caller's thread.
 module septet_interface
   use, intrinsic :: iso_c_binding, only: c_associated, c_char, c_f_pointer, c_float, c_int, c_int8_t, c_int16_t, c_int32_t, &
                                          c_int64_t, c_loc, c_null_char, c_ptr
@@ -13,7 +14,7 @@ module septet_interface
   use septet_layers, only: code_split, code_trellis, dequantize, layer, linear, padded_inputs, &
                            padded_outputs, product_float, product_int8
   use septet_products, only: trellis_row_sums
-  use septet_trellis_search, only: encode_tile
+  use septet_trellis_encoder, only: encode_tile
   implicit none
   private
 
@@ -85,29 +86,53 @@ contains
     type(c_ptr), value, intent(in) :: fixed, symbols
     integer(c_int64_t), value, intent(in) :: tiles
     integer(c_int), value, intent(in) :: bits, threads
-    integer(c_int16_t), pointer, contiguous :: from(:, :, :)
-    integer(c_int8_t), pointer, contiguous :: to(:, :)
     integer(c_int8_t), allocatable :: levels(:, :)
-    integer :: found(tile_pairs)
-    integer(c_int64_t) :: t
     integer(c_int32_t) :: w
     error = check_stream(fixed, symbols, tiles, bits)
-    if (error == ok .and. threads < 0) error = wrong_threads
+    if (error /= ok) return
+    allocate (levels(2, 0:65535))
+    do concurrent (w = 0:65535)
+      levels(:, w) = window_levels(w, bits)
+    end do
+    error = search(levels, fixed, tiles, bits, symbols, threads)
+  end function septet_trellis_encode
+
+  integer(c_int) function septet_trellis_search(levels, fixed, tiles, bits, symbols, threads) result(error) bind(C)
+    type(c_ptr), value, intent(in) :: levels, fixed, symbols
+    integer(c_int64_t), value, intent(in) :: tiles
+    integer(c_int), value, intent(in) :: bits, threads
+    integer(c_int8_t), pointer, contiguous :: chosen(:, :)
+    error = check_stream(fixed, symbols, tiles, bits)
+    if (error == ok .and. .not. c_associated(levels)) error = null_pointer
+    if (error /= ok) return
+    call c_f_pointer(levels, chosen, [2, 65536])
+    error = wrong_range
+    if (any(chosen < -127_c_int8_t)) return
+    error = search(chosen, fixed, tiles, bits, symbols, threads)
+  end function septet_trellis_search
+
+  !> The symbols whose levels come closest to `fixed`
+  integer(c_int) function search(levels, fixed, tiles, bits, symbols, threads) result(error)
+    integer(c_int8_t), intent(in) :: levels(2, 0:65535)
+    type(c_ptr), intent(in) :: fixed, symbols
+    integer(c_int64_t), intent(in) :: tiles
+    integer(c_int), intent(in) :: bits, threads
+    integer(c_int16_t), pointer, contiguous :: from(:, :, :)
+    integer(c_int8_t), pointer, contiguous :: to(:, :)
+    integer :: found(tile_pairs)
+    integer(c_int64_t) :: t
+    error = merge(wrong_threads, ok, threads < 0)
     if (error /= ok .or. tiles == 0) return
     call c_f_pointer(fixed, from, [2_c_int64_t, int(tile_pairs, c_int64_t), tiles])
     call c_f_pointer(symbols, to, [int(tile_pairs, c_int64_t), tiles])
     error = wrong_range
     if (any(from < -1020_c_int16_t .or. from > 1020_c_int16_t)) return
-    allocate (levels(2, 0:65535))
-    do concurrent (w = 0:65535)
-      levels(:, w) = window_levels(w, bits)
-    end do
     do t = 1, tiles
       call encode_tile(from(:, :, t), levels, bits, found)
       to(:, t) = int(found - merge(256, 0, found > 127), c_int8_t)
     end do
     error = ok
-  end function septet_trellis_encode
+  end function search
 
   integer(c_int) function septet_trellis_levels(tiles, levels, threads) result(error) bind(C)
     type(c_ptr), value, intent(in) :: tiles, levels

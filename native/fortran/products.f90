@@ -1,16 +1,14 @@
 ! The core: products of int8 activations with packed weights, one row of tiles (64 outputs) at a time
 !
 ! y = sum over segments of scale * (exact integer sum of the segment). Integers are exact in any order; the float steps are in the
-! order of SPEC.md section 5. A chunk of eight tiles is decoded once and used by all tokens. Two products of a level or field with an
-! activation fit 16 bits (2 * 127 * 128 < 2**15), and so do those of eight tiles of fields (16 * 15 * 128): that fills vectors best.
+! order of SPEC.md section 5. A chunk of eight tiles is decoded once and used by all tokens. Two products of a level or field with
+! an activation fit 16 bits (2 * 127 * 128 < 2**15), and so do those of eight tiles of fields (16 * 15 * 128): that fills vectors best.
 module septet_products
   use, intrinsic :: iso_c_binding, only: c_float, c_int8_t, c_int16_t, c_int32_t, c_int64_t
-  use septet_codes, only: split_tile, tile_inputs, tile_outputs, trellis_tile
+  use septet_codes, only: chunk, in_order, split_words, tile_inputs, tile_outputs, trellis_tile
   implicit none
   private
-  public :: trellis_row, trellis_row_sums, split_row, int8_dot, chunk, decode_levels
-
-  integer, parameter :: chunk = 8
+  public :: trellis_row, trellis_row_sums, split_row, int8_dot, decode_levels
 
 contains
 
@@ -104,22 +102,21 @@ contains
     integer(c_int32_t) :: sums(tile_outputs, 2, size(x, 2))
     real(c_float) :: t(tile_outputs)
     integer(c_int64_t) :: g, first, last, stop
-    integer :: m, i
+    integer :: m, tiles
     y = 0
     do g = 1, size(scales, 1, c_int64_t)
       stop = (g - 1) * group + min(group, size(x, 1, c_int64_t) - (g - 1) * group)
       sums = 0
       do first = (g - 1) * group + 1, stop, tile_inputs * chunk
         last = min(first + tile_inputs * chunk - 1, stop)
-        do i = 1, int(last - first + 1) / tile_inputs
-          call split_tile(packed(:, first / 4 + i), words(:, i))
-        end do
+        tiles = int(last - first + 1) / tile_inputs
+        call split_words(tiles, packed(:, (first + 3) / 4:last / 4), words)
         do m = 1, size(x, 2)
-          call add_fields(words(:, 1:(last - first + 1) / tile_inputs), x(first:last, m), sums(:, 1, m), sums(:, 2, m))
+          call add_fields(words(:, :tiles), x(first:last, m), sums(:, 1, m), sums(:, 2, m))
         end do
       end do
       do m = 1, size(x, 2)
-        associate (inputs => x((g - 1) * group + 1:stop, m), even => sums(:, 1, m), odd => sums(:, 2, m))
+        associate (inputs => x((g - 1) * group + 1:stop, m), even => in_order(sums(:, 1, m)), odd => in_order(sums(:, 2, m)))
           if (present(offset)) then
             t = step(:, 2 * g - 1) * real(even, c_float)
             t = t + step(:, 2 * g) * real(odd, c_float)

@@ -2,7 +2,7 @@
 !
 ! Pass one runs over pairs 96..127, 0..31 and finds the state at the tile's boundary; pass two starts and ends in that state.
 ! The state after a pair is the upper 16 - bits bits of its window, which are the lower bits of the next one.
-module septet_trellis_search
+module septet_trellis_encoder
   use, intrinsic :: iso_c_binding, only: c_int8_t, c_int16_t, c_int32_t
   use septet_codes, only: tile_pairs
   implicit none
@@ -88,4 +88,4 @@ contains
       state = iand(ior(ishft(state, bits), symbols(p)), size(best, 1) - 1)
     end do
   end subroutine trace_back
-end module septet_trellis_search
+end module septet_trellis_encoder

@@ -1,7 +1,6 @@
 """septet: language model weights in 3.5 bits.
 
-Importing this package is cheap: it loads neither NumPy nor torch. Import the modules you need, left to right:
-errors, codes, packing, kernels, quantize, operators, layer, model, checkpoint, integrations, evaluation, cli.
+Importing this package is cheap: it loads neither NumPy nor torch. Import the modules you need; ARCHITECTURE.md says what is where.
 """
 
 from septet import _import_hook

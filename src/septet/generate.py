@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from septet.checkpoint.source import is_gguf, is_septet
 from septet.engine.sampling import Sampler, Sampling
-from septet.engine.tokenizer import Pieces, Tokenizer
+from septet.engine.tokenizer import Pieces, Tokenizer, check_text
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.kernels import available_backends, select_backend
 
@@ -98,7 +98,10 @@ def chat_prompt(tokenizer: AnyTokenizer, messages: Sequence[Mapping[str, str]]) 
 
     Raises:
         CheckpointError: the tokenizer has no chat template.
+        OptionError: a message is not Unicode.
     """
+    for message in messages:
+        check_text(message["content"])
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.chat(messages)
     if not tokenizer.chat_template:
@@ -108,7 +111,12 @@ def chat_prompt(tokenizer: AnyTokenizer, messages: Sequence[Mapping[str, str]]) 
 
 
 def encode(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
-    """Token ids of a raw prompt, with what the tokenizer puts around every text."""
+    """Token ids of a raw prompt, with what the tokenizer puts around every text.
+
+    Raises:
+        OptionError: the prompt is not Unicode.
+    """
+    check_text(prompt)
     return tokenizer.encode(prompt) if isinstance(tokenizer, Tokenizer) else tokenizer(prompt)["input_ids"]
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from septet import model
 from septet.checkpoint.directory import ModelDirectory, open_directory
+from septet.checkpoint.gguf_file import check_gguf_file
 from septet.checkpoint.source import is_gguf, is_septet, read_config
 from septet.errors import CheckpointError, OptionError, SeptetError
 
@@ -40,6 +42,8 @@ ACTIVATIONS = ("int8", "float")
 # Copies of the weights in formats that are not read.
 HUB_LEAVE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*", "original/*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+# What transformers, and the libraries under it, raise at files that they did not expect.
+_REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def load_model(path: Path, dtype: torch.dtype | str = "auto", activations: str | None = None) -> PreTrainedModel:
@@ -177,7 +181,7 @@ def _translated(path: Path, call: Callable[[], Any]) -> Any:
         return call()
     except SeptetError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+    except (*_REFUSALS, safetensors.SafetensorError) as error:
         for cause in (error.__cause__, error.__context__):
             if isinstance(cause, SeptetError):
                 raise cause from error
@@ -200,9 +204,10 @@ def _gguf_arguments(path: Path) -> dict:
 
 
 def _check_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError("a .gguf file must exist", path, "check the path")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise CheckpointError("a .gguf file must start with GGUF", f"{magic!r} in {path}", "copy the file again")
+    """Look at a .gguf file before transformers does; without the library `gguf` transformers refuses it anyway."""
+    blocks = None
+    with suppress(ImportError):
+        from gguf.constants import GGML_QUANT_SIZES
+
+        blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    check_gguf_file(path, blocks)

@@ -2,7 +2,7 @@
 program test_product
   use, intrinsic :: iso_c_binding, only: c_float, c_int8_t, c_int32_t, c_int64_t
   use septet_asserting, only: check, finish
-  use septet_codes, only: split_fields, trellis_tile
+  use septet_codes, only: pack_tile, split_fields, trellis_tile, window_levels
   use septet_products, only: int8_dot, split_row, trellis_row, trellis_row_sums
   implicit none
   integer :: bits
@@ -13,6 +13,8 @@ program test_product
     call test_trellis(bits, 400_c_int64_t, 64_c_int64_t)
     call test_trellis(bits, 28672_c_int64_t, 28672_c_int64_t)
   end do
+  call test_every_window()
+  call test_every_code()
   call test_split(4_c_int64_t, 4_c_int64_t, .true.)
   call test_split(132_c_int64_t, 16_c_int64_t, .true.)
   call test_split(132_c_int64_t, 64_c_int64_t, .false.)
@@ -65,6 +67,50 @@ contains
     end do
     call check(any(sums < 0), "some sums are negative")
   end subroutine test_trellis
+
+  !> All 65536 windows of 8-bit pairs: a tile that repeats two bytes has one window at even pairs and the swapped one at odd pairs
+  subroutine test_every_window()
+    integer(c_int8_t) :: packed(128, 1), x(4, 1), both(4)
+    integer(c_int32_t) :: sums(64, 1), window, swapped
+    integer :: wrong
+    x(:, 1) = int([-128, 127, 3, -77], c_int8_t)
+    wrong = 0
+    do window = 0, 65535
+      swapped = ishftc(window, 8, 16)
+      packed(1::2, 1) = byte_of(ibits(window, 0, 8))
+      packed(2::2, 1) = byte_of(ibits(window, 8, 8))
+      both = [window_levels(window, 8), window_levels(swapped, 8)]
+      call trellis_row_sums(packed, 8, x, sums)
+      if (any(sums(:, 1) /= sum(int(both) * int(x(:, 1))))) wrong = wrong + 1
+    end do
+    call check(wrong == 0, "the product of every window")
+  end subroutine test_every_window
+
+  !> All 128 codes of split at once, each in its own pair of one tile, times activations of both signs, with 4 and 3 bits apart
+  subroutine test_every_code()
+    integer(c_int8_t) :: packed(112, 1), x(4, 1)
+    real(c_float) :: scales(1, 1), step(64, 2), y(64, 1)
+    integer :: p, code(2), wanted(2, 64)
+    call pack_tile([(byte_of(p), p=0, 127)], 7, packed(:, 1))
+    x(:, 1) = int([-128, 127, 3, -77], c_int8_t)
+    do p = 1, 64
+      code = [2 * p - 2, 2 * p - 1]
+      wanted(1, p) = sum((iand(code, 15) - 8) * int(x(1::2, 1)))
+      wanted(2, p) = sum((code / 16 - 4) * int(x(2::2, 1)))
+    end do
+    scales = 1
+    do p = 1, 2
+      step = 0
+      step(:, p) = 1
+      call split_row(packed, step, x=x, scales=scales, group=4_c_int64_t, y=y)
+      call check(all(abs(y(:, 1) - real(wanted(p, :), c_float)) <= 0), "the product of every code of split")
+    end do
+  end subroutine test_every_code
+
+  elemental integer(c_int8_t) function byte_of(value)
+    integer, intent(in) :: value
+    byte_of = int(value - 256 * (value / 128), c_int8_t)
+  end function byte_of
 
   subroutine test_split(inputs, group, asymmetric)
     integer(c_int64_t), intent(in) :: inputs, group

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from septet.calibration.workers import Machine, at_work
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
 
 __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
+#: Tokens that a GPU computes at a time, in whole windows.
+_TOKENS_TOGETHER = 2048
 _HINT = "quantize it without calibration"
 
 
@@ -59,55 +62,57 @@ def hidden_of(output: Any) -> torch.Tensor:
 class Chain:
     """The blocks of a model, and the hidden states of some windows on their way through them.
 
-    All parts of the model but its blocks become float32.
-
     Args:
         model: a causal language model with its weights.
         blocks: its blocks, at most the first one of them runs here.
         windows: int64 [windows, tokens].
+        machine: where it runs.
 
     Attributes:
-        hidden: before the first block, float32 [tokens, features] per window.
-        arguments: of each block; the same for all windows.
+        windows: what is computed at a time: int64 [tokens] each; on a GPU a few together, [windows, tokens].
+        hidden: before the first block, float32 [tokens, features] or [windows, tokens, features] for each of them, in the host's memory.
+        arguments: of each block; the same for all windows; where the model runs.
 
     Raises:
         UnsupportedModelError: the blocks are no plain chain, or depend on more than the hidden state.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: torch.Tensor) -> None:
-        self._model, self._blocks, self._real = model, blocks, list(blocks)
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: torch.Tensor, machine: Machine) -> None:
+        self._model, self._blocks, self._real, self._machine = model, blocks, list(blocks), machine
         self._local = threading.local()
         self._rest: tuple | None = None
         inside = {id(parameter) for parameter in blocks.parameters()}
-        for module in model.modules():
-            if not any(id(parameter) in inside for parameter in module.parameters()):
-                module.float()
-        dtype = next(blocks[0].parameters()).dtype
-        blocks[0].float()
+        self._outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
         self.hidden: list[torch.Tensor] = []
         self.arguments: list[Arguments] = []
-        with torch.no_grad(), self.recorders():
+        with torch.no_grad(), self.recorders(), at_work(self._real[:1], machine):
             for window in windows:
                 hidden, arguments = self._record(window)
-                self.hidden.append(hidden[0].float().clone())
+                self.hidden.append(hidden[0].float().to("cpu", copy=True))
                 self.arguments = self.arguments or arguments
                 if not same_arguments(self.arguments, arguments):
                     got = f"other arguments for another text in {type(model).__name__}"
                     raise UnsupportedModelError("blocks to calibrate must depend on the hidden state alone", got, _HINT)
-        blocks[0].to(dtype)
+        self.windows = list(windows)
+        if machine.is_gpu:
+            together = max(1, _TOKENS_TOGETHER // windows.shape[1])
+            self.windows = list(windows.split(together))
+            self.hidden = [torch.stack(self.hidden[start : start + together]) for start in range(0, len(windows), together)]
 
     def block_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block makes of one window: float32 [tokens, features] both."""
+        """What a block makes of one item of `hidden`: the same shape, where the model runs; `hidden` may be anywhere."""
         arguments = self.arguments[index]
-        return hidden_of(self._blocks[index](hidden[None], *arguments.positional, **arguments.named))[0]
+        there = hidden.reshape(-1, *hidden.shape[-2:]).to(self._machine.device)
+        return hidden_of(self._blocks[index](there, *arguments.positional, **arguments.named)).reshape(hidden.shape)
 
     @contextmanager
     def recorders(self) -> Iterator[None]:
-        """Recorders in place of the blocks, until the end of the `with`."""
+        """Recorders in place of the blocks, and the rest of the model in float32, until the end of the `with`."""
         try:
             for index, block in enumerate(self._real):
                 self._blocks[index] = _Recorder(block, self._local)
-            yield
+            with at_work(self._outside, self._machine):
+                yield
         finally:
             for index, block in enumerate(self._real):
                 self._blocks[index] = block
@@ -116,13 +121,14 @@ class Chain:
         """What the model predicts from the hidden state behind the last block; inside `with recorders()`, in any thread.
 
         Args:
-            window: int64 [tokens], the text; only its length matters.
-            hidden: float32 [tokens, features].
+            window: an item of `windows`; only its shape matters.
+            hidden: float32, an item of what `hidden` has become.
 
         Returns:
             float32 [tokens, vocabulary].
         """
-        return self._run(window, _Calls(self._rest, None, hidden[None])).output.logits[0].float()
+        calls = self._run(window, _Calls(self._rest, None, hidden.reshape(-1, *hidden.shape[-2:])))
+        return calls.output.logits.flatten(0, 1).float()
 
     def _record(self, window: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """The first block's hidden state [1, tokens, features], and the arguments of each block."""
@@ -139,7 +145,7 @@ class Chain:
         """Call the model with recorders instead of blocks."""
         self._local.calls = calls
         try:
-            calls.output = self._model(input_ids=window[None], use_cache=False)
+            calls.output = self._model(input_ids=window.reshape(-1, window.shape[-1]).to(self._machine.device), use_cache=False)
         except _LastBlock:
             pass
         return calls

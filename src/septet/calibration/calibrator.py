@@ -4,7 +4,7 @@ The windows' hidden states wait before the block at work. For each of its groups
 the layers before it; when all its layers have been quantized, they move on. So every layer is calibrated behind all quantized ones before
 it. The same windows also go through the unquantized model, to see how far inputs have moved. Memory: the model as it was loaded, less
 the blocks that are done; one block in float32; the hidden states twice; all inputs and most outputs of one block's layers; a few
-statistics. Results do not depend on the number of threads.
+statistics; on a GPU the last three. Results do not depend on the number of threads.
 
 Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); moved inputs after Li et al. 2025 (GPTAQ, 2504.02692).
 """
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from septet.calibration.blocks import Chain, find_blocks, hidden_of
+from septet import quantize_gpu
+from septet.calibration.blocks import Chain, find_blocks
 from septet.calibration.remembered import Remembered
 from septet.calibration.sensitivity import Sensitivity
-from septet.calibration.workers import map_windows
+from septet.calibration.sums import InputSum
+from septet.calibration.workers import Machine, map_windows
 from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize
-from septet.quantize.hessian import HessianSum
 from septet.quantize.scales import sum_all
 
 __all__ = ["Calibrator"]
@@ -44,7 +45,7 @@ class Calibrator:
         model: a causal language model with its weights, in eval mode; it is used up.
         layers: the plan, groups of a block before those of the next.
         windows: int64 [windows, tokens], the calibration text.
-        threads: 0 is the default number; the result does not depend on it.
+        machine: where; None: the processor. The result does not depend on the number of threads.
         sensitivity: of the layers, from `measure`; None: only inputs are looked at, and how far they have moved is not.
 
     Raises:
@@ -57,20 +58,22 @@ class Calibrator:
         model: nn.Module,
         layers: Sequence[LayerPlan],
         windows: torch.Tensor,
-        threads: int = 0,
+        machine: Machine | None = None,
         sensitivity: Sensitivity | None = None,
     ) -> None:
         if windows.ndim != 2 or 0 in windows.shape:
             raise OptionError("calibration must have windows of tokens", list(windows.shape), "give a longer text")
-        self._model, self._layers, self._windows, self._threads = model.requires_grad_(False), list(layers), windows, threads
+        self._model, self._layers, self._windows = model.requires_grad_(False), list(layers), windows
+        self._machine = machine or Machine()
         self._sensitivity = sensitivity
         self._prefix, self._blocks = find_blocks(model, layers)
         self._chain: Chain | None = None
-        #: Hidden states before the current block, float32 [tokens, features] per window, with quantized and with original weights.
+        #: Hidden states before the current block, as in `Chain.hidden`, with quantized and with original weights;
+        #: in the host's memory.
         self._hidden: list[torch.Tensor] = []
         self._original: list[torch.Tensor] = []
-        #: Inputs of the current block's layers in the unquantized model, by key, one array per window.
-        self._original_inputs: dict[str, list[np.ndarray]] = {}
+        #: Inputs of the current block's layers in the unquantized model, by key, one tensor per window.
+        self._original_inputs: dict[str, list[torch.Tensor]] = {}
         self._current = -1
         #: Of the current block: what its finished parts gave, and the names within it of all its layers and of those taken over.
         self._remembered: Remembered | None = None
@@ -84,7 +87,7 @@ class Calibrator:
             layers: the group. Groups of a block must be asked for after those of earlier blocks.
 
         Returns:
-            None for layers outside the blocks, and where no token came by.
+            None for layers outside the blocks, and where no token came by. From a GPU: tensors there.
 
         Raises:
             UnsupportedModelError: the blocks are no plain chain, or are asked for out of order.
@@ -100,23 +103,30 @@ class Calibrator:
         total, drift = self._collect(layers)
         if not total.tokens:
             return None
-        inputs, known = total.mean(), self.forecast(layers)
+        inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
-        weighed = known.inputs
-        trace, other = (sum_all(np.ascontiguousarray(matrix.diagonal())) for matrix in (inputs, weighed))
+        weighed = torch.from_numpy(known[0]).to(self._machine.device).double() if self._machine.is_gpu else known[0].astype(np.float64)
+        trace, other = _trace(inputs), _trace(weighed)
         if 0 < other < np.inf:
-            inputs = (1 - _WEIGHED_SHARE) * inputs + _WEIGHED_SHARE * trace / other * weighed
-        return GroupStatistics(inputs, None if drift is None else drift / total.tokens, known.outputs)
+            inputs *= 1 - _WEIGHED_SHARE
+            weighed *= _WEIGHED_SHARE * trace / other
+            inputs += weighed
+        if drift is not None:
+            drift /= total.tokens
+        return GroupStatistics(inputs, drift, known[1])
 
     def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
         """What is known of a group before anything is quantized, from the sensitivity; None where nothing is."""
+        known = self._known(layers)
+        return None if known is None else GroupStatistics(known[0].astype(np.float64), None, known[1])
+
+    def _known(self, layers: Sequence[LayerPlan]) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | None:
+        """Both sides of a group's sensitivity, float32; None where they are not known."""
         if self._sensitivity is None:
             return None
         inputs, outputs = self._sensitivity.inputs(layers[0].group), [self._sensitivity.outputs(layer.name) for layer in layers]
-        if inputs is None or any(matrix is None for matrix in outputs):
-            return None
-        return GroupStatistics(inputs.astype(np.float64), None, tuple(outputs))
+        return None if inputs is None or any(matrix is None for matrix in outputs) else (inputs, tuple(outputs))
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
         """Let everything after this layer see its quantized weights; layers come in the order of the plan."""
@@ -125,7 +135,10 @@ class Calibrator:
             return
         while index is not None and self._current < index:
             self._go_on()
-        weight = torch.from_numpy(dequantize(quantized))
+        if self._machine.is_gpu and quantized.code == "trellis":
+            weight = quantize_gpu.dequantize(quantized, self._machine.device)
+        else:
+            weight = torch.from_numpy(dequantize(quantized)).to(self._machine.device)
         module = self._model.get_submodule(layer.name)
         module.weight = nn.Parameter(weight.T.contiguous() if layer.kind == "conv1d" else weight, requires_grad=False)
         self._taken.add(self._name_within(layer))
@@ -143,7 +156,7 @@ class Calibrator:
     def _go_on(self) -> None:
         """Move the hidden states behind the current block, and see what the next one gets in the unquantized model."""
         if self._chain is None:
-            self._chain = Chain(self._model, self._blocks, self._windows)
+            self._chain = Chain(self._model, self._blocks, self._windows, self._machine)
             self._hidden = self._chain.hidden
             self._original = self._hidden
         else:
@@ -151,7 +164,7 @@ class Calibrator:
             self._hidden = [moved for part in parts for _, moved in part]
             self._blocks[self._current].to("meta")
         self._current += 1
-        self._blocks[self._current].float()
+        self._blocks[self._current].to(self._machine.device, torch.float32)
         members = [layer for layer in self._layers if self._block_of(layer) == self._current]
         self._remembered, self._members, self._taken = Remembered(self._blocks[self._current]), set(map(self._name_within, members)), set()
         if self._sensitivity is not None:
@@ -173,22 +186,23 @@ class Calibrator:
             watched.setdefault(f"{layer.name.rpartition('.')[0]}|{layer.group}", self._model.get_submodule(layer.name))
         return watched
 
-    def _collect(self, layers: Sequence[LayerPlan]) -> tuple[HessianSum, np.ndarray | None]:
+    def _collect(self, layers: Sequence[LayerPlan]) -> tuple[InputSum, np.ndarray | torch.Tensor | None]:
         """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known."""
-        total, size, watched = HessianSum(layers[0].shape[1]), layers[0].shape[1], self._watched(layers)
-        drift = np.zeros((size, size)) if self._sensitivity is not None else None
+        size, watched = layers[0].shape[1], self._watched(layers)
+        total = InputSum(size, self._machine.device)
+        drift = torch.zeros((size, size), dtype=torch.float64, device=self._machine.device) if self._sensitivity is not None else None
         for results in self._watch(self._hidden, watched, self._with_drift, stop=True):
             for key in watched:
                 rows = [inputs[key] for (inputs, _), _ in results if key in inputs]
                 if rows:
-                    total.add(np.concatenate(rows))
+                    total.add(torch.cat(rows))
             for (_, moved), _ in results:
-                drift = None if drift is None or moved is None else drift + moved
+                drift = None if drift is None or moved is None else drift.add_(moved)
         for key in watched:
             self._original_inputs.pop(key, None)
-        return total, drift
+        return total, drift if drift is None or self._machine.is_gpu else drift.numpy()
 
-    def _with_drift(self, number: int, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    def _with_drift(self, number: int, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """The inputs that a window gives, and the sum of (x_original - x) transpose(x), float32 [K, K]; None if that is not known."""
         drift = None
         for key, rows in inputs.items():
@@ -196,15 +210,15 @@ class Calibrator:
             # Experts may get other tokens in the unquantized model; there is nothing to compare then.
             if len(originals) != len(self._hidden) or originals[number].shape != rows.shape:
                 return inputs, None
-            moved = torch.from_numpy(originals[number] - rows).T @ torch.from_numpy(rows)
-            drift = moved.numpy() if drift is None else drift + moved.numpy()
+            moved = (originals[number] - rows).T @ rows
+            drift = moved if drift is None else drift + moved
         return inputs, drift
 
     def _watch(
         self,
         hidden: list[torch.Tensor],
         watched: dict[str, nn.Module],
-        look: Callable[[int, dict[str, np.ndarray]], _Looked],
+        look: Callable[[int, dict[str, torch.Tensor]], _Looked],
         stop: bool,
     ) -> Iterator[list[tuple[_Looked, torch.Tensor | None]]]:
         """Run the current block over windows.
@@ -218,22 +232,29 @@ class Calibrator:
         Yields:
             For a few windows at a time, what `look` returns and the hidden state behind the block, or None.
         """
-        arguments, seen, block = self._chain.arguments[self._current], threading.local(), self._blocks[self._current]
+        seen = threading.local()
         hooks = [module.register_forward_pre_hook(_Watcher(key, seen, len(watched) if stop else 0)) for key, module in watched.items()]
 
         def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
             seen.inputs, output = {}, None
             self._remembered.window(item[0])
             with suppress(_SeenAll):
-                output = hidden_of(block(item[1][None], *arguments.positional, **arguments.named))[0]
+                output = self._chain.block_output(self._current, item[1]).to("cpu")
             return look(item[0], seen.inputs), output
 
+        # A GPU computes faster than it could compare, and its memory is needed.
+        done = set() if self._machine.is_gpu else self._taken
         try:
-            with self._remembered.reusing(self._members, self._taken, last=not watched):
-                yield from map_windows(work, list(enumerate(hidden)), self._threads)
+            with self._remembered.reusing(self._members, done, last=not watched):
+                yield from map_windows(work, list(enumerate(hidden)), self._machine)
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _trace(matrix: np.ndarray | torch.Tensor) -> float:
+    """The sum of the diagonal; of an array in index order."""
+    return sum_all(np.ascontiguousarray(matrix.diagonal())) if isinstance(matrix, np.ndarray) else float(matrix.trace())
 
 
 class _SeenAll(Exception):
@@ -247,8 +268,8 @@ class _Watcher:
         self._key, self._seen, self._enough = key, seen, enough
 
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        rows = arguments[0].reshape(-1, arguments[0].shape[-1]).float().numpy()
+        rows = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
         earlier = self._seen.inputs.get(self._key)
-        self._seen.inputs[self._key] = rows.copy() if earlier is None else np.concatenate([earlier, rows])
+        self._seen.inputs[self._key] = rows.clone() if earlier is None else torch.cat([earlier, rows])
         if len(self._seen.inputs) == self._enough:
             raise _SeenAll

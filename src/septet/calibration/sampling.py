@@ -1,24 +1,32 @@
 """Calibration text that the model writes itself: no data is needed, and it is in the languages the model knows.
 
 Sequences are drawn at temperature 1 from the model's own predictions, many side by side, since one token at a time is bound by memory.
-Each batch has a generator of its own, so neither threads nor other batches change what is drawn.
+Each batch has a generator of its own, so neither threads nor other batches change what is drawn. On a GPU a model that fits lies there
+meanwhile; of a larger one each block is fetched for every token, which many sequences share.
 
 Reference: data-free calibration after Liu et al. 2023 (LLM-QAT, arXiv 2305.17888).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from septet.calibration.workers import map_windows
+from septet.calibration.workers import Machine, at_work, map_windows
 
 __all__ = ["sample_windows"]
 
 #: Sequences that are written together: half of all, so that two threads have something to do, but no more than this.
 _MOST_TOGETHER = 16
+#: The same on a GPU, where all blocks may have to be fetched for every token.
+_MOST_TOGETHER_ON_GPU = 64
+#: A model is taken to a GPU as a whole when this part of what is free there is enough for its weights.
+_SHARE_FOR_WEIGHTS = 0.75
+#: And no more than this is used for weights, so that any card of 24 GB writes the same way.
+_MOST_BYTES_FOR_WEIGHTS = 17 << 30
 
 
 def sample_windows(
@@ -27,7 +35,7 @@ def sample_windows(
     context: int,
     start_token: int,
     seed: int = 0,
-    threads: int = 0,
+    machine: Machine | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
     """Let a model write.
@@ -38,24 +46,26 @@ def sample_windows(
         context: tokens of each, the start included.
         start_token: every sequence starts with it: BOS, or what ends a text.
         seed: of the draws.
-        threads: 0 is the default number; the result does not depend on it.
+        machine: where; None: the processor. The result does not depend on the number of threads.
         progress: called with the number of windows done.
 
     Returns:
         int64 [windows, context].
     """
-    together = min(_MOST_TOGETHER, -(-windows // 2))
+    machine = machine or Machine()
+    together = min(windows, _MOST_TOGETHER_ON_GPU) if machine.is_gpu else min(_MOST_TOGETHER, -(-windows // 2))
     batches = [(start, min(together, windows - start)) for start in range(0, windows, together)]
 
     def write(batch: tuple[int, int]) -> torch.Tensor:
         start, rows = batch
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        return _write(model, torch.full((rows, 1), start_token), context, generator)
+        generator = torch.Generator(machine.device).manual_seed(seed * 1_000_003 + start)
+        return _write(model, torch.full((rows, 1), start_token, device=machine.device), context, generator).to("cpu")
 
     written: list[torch.Tensor] = []
-    for results in map_windows(write, batches, threads):
-        written += results
-        progress(sum(map(len, written)))
+    with _within_reach(model, machine):
+        for results in map_windows(write, batches, machine):
+            written += results
+            progress(sum(map(len, written)))
     return torch.cat(written).clone()
 
 
@@ -68,3 +78,45 @@ def _write(model: nn.Module, tokens: torch.Tensor, context: int, generator: torc
         latest = torch.multinomial(torch.softmax(output.logits[:, -1].float(), -1), 1, generator=generator)
         tokens = torch.cat([tokens, latest], 1)
     return tokens
+
+
+@contextmanager
+def _within_reach(model: nn.Module, machine: Machine) -> Iterator[None]:
+    """A model that can be called on the machine, until the end of the `with`."""
+    if not machine.is_gpu:
+        yield
+        return
+    free = torch.cuda.mem_get_info(machine.device)[0] if machine.device.startswith("cuda") else _MOST_BYTES_FOR_WEIGHTS
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    if needed <= min(_SHARE_FOR_WEIGHTS * free, _MOST_BYTES_FOR_WEIGHTS):
+        with at_work([model], machine, None):
+            yield
+        return
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=lambda blocks: sum(parameter.nbytes for parameter in blocks.parameters()), default=nn.ModuleList())
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
+    with at_work(outside, machine, None), ExitStack() as fetched:
+        for block in blocks:
+            fetched.callback(_Fetched(block, machine).remove)
+        yield
+
+
+class _Fetched:
+    """A block that is on the GPU only while it is called."""
+
+    def __init__(self, block: nn.Module, machine: Machine) -> None:
+        self._block, self._machine, self._there = block, machine, ExitStack()
+        self._hooks = [block.register_forward_pre_hook(self._fetch), block.register_forward_hook(self._leave)]
+
+    def _fetch(self, block: nn.Module, arguments: tuple) -> None:
+        self._there.enter_context(at_work([block], self._machine, None))
+
+    def _leave(self, block: nn.Module, arguments: tuple, output: object) -> None:
+        self._there.close()
+
+    def remove(self) -> None:
+        """Leave the block as it was."""
+        self._there.close()
+        for hook in self._hooks:
+            hook.remove()

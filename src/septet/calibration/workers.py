@@ -1,21 +1,25 @@
-"""Windows at work side by side, each on one thread, so that the number of threads changes no bit.
+"""Windows at work: side by side on the processor, each on one thread, or one after the other on a GPU.
 
-A product spread over several threads may add in another order than on one. Here every window is computed by a single thread, and
-results come back in order.
+On the processor a product spread over several threads may add in another order than on one. So every window is computed by a single
+thread, and results come back in order. A GPU gets one window after the other: it is one queue of work anyway, and so its results do not
+depend on anything else either. Models stay in the host's memory; `at_work` brings a part of one to where it is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.quantize.threads import default_threads
 
-__all__ = ["WINDOWS_AT_ONCE", "map_windows"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "map_windows"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -23,30 +27,74 @@ _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a model runs on.
+
+    Args:
+        threads: of the processor; 0 is the default number. Results do not depend on it.
+        device: "cpu", "cuda", "cuda:1", ... Results do depend on it, in the last bits.
+    """
+
+    threads: int = 0
+    device: str = "cpu"
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether models have to be brought there."""
+        return self.device != "cpu"
+
+
 def map_windows(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0, gradients: bool = False
+    work: Callable[[_Item], _Result], items: Sequence[_Item], machine: Machine, gradients: bool = False
 ) -> Iterator[list[_Result]]:
     """Apply `work` to all items.
 
     Args:
-        work: called in worker threads, with torch on one thread each.
-        items: one per window.
-        threads: 0 is the default number; the results do not depend on it.
+        work: on the processor it is called in worker threads, with torch on one thread each.
+        items: one per window, or for a GPU one per few windows.
+        machine: where.
         gradients: let torch record what it needs for a backward pass.
 
     Yields:
-        The results of `WINDOWS_AT_ONCE` items at a time, in order.
+        The results of `WINDOWS_AT_ONCE` items at a time, in order; on a GPU of one item.
     """
 
     def quietly(item: _Item) -> _Result:
         with torch.set_grad_enabled(gradients):
             return work(item)
 
-    with ThreadPoolExecutor(min(threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
+    if machine.is_gpu:
+        # The fast backward passes of attention add in any order.
+        with sdpa_kernel(SDPBackend.MATH) if gradients else ExitStack():
+            for item in items:
+                yield [quietly(item)]
+        return
+    with ThreadPoolExecutor(min(machine.threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
         for start in range(0, len(items), WINDOWS_AT_ONCE):
             with _one_thread_each():
                 results = list(pool.map(quietly, items[start : start + WINDOWS_AT_ONCE]))
             yield results
+
+
+@contextmanager
+def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype | None = torch.float32) -> Iterator[None]:
+    """Modules where they are computed, until the end of the `with`; afterwards they are where and what they were.
+
+    Args:
+        modules: parts of a model.
+        machine: where.
+        dtype: of their floating-point weights meanwhile; None: their own.
+    """
+    tensors = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}.values()
+    before = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in before:
+            tensor.data = data.to(machine.device, dtype if data.is_floating_point() else None)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from septet.checkpoint.layout import INDEX_NAME
 from septet.checkpoint.tensor_file import TensorEntry, TensorFile, open_tensor_file
 from septet.errors import CheckpointError
 
-__all__ = ["CONFIG_NAME", "ModelDirectory", "companion_files", "open_directory", "read_json", "shard_names"]
+__all__ = ["CONFIG_NAME", "ModelDirectory", "companion_files", "json_bytes", "open_directory", "read_json", "shard_names"]
 
 CONFIG_NAME = "config.json"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt"}
 _COMPANION_STEMS = ("license", "licence", "notice", "copying", "use_policy")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
 _NOT_COMPANIONS = {CONFIG_NAME, INDEX_NAME, "septet.json", "pytorch_model.bin.index.json"}
+#: As for the header of a safetensors file.
+_MAX_JSON_BYTES = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -56,16 +58,27 @@ def read_json(path: Path) -> dict:
         CheckpointError: it is missing, unreadable or something else.
     """
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
+        if len(content) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path.name} must have at most {_MAX_JSON_BYTES} bytes", "more", f"{path} is damaged; fetch it again")
+        value = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path.name} must be readable", error.strerror or error, f"check that {path.parent} is a whole model"
         ) from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} must be JSON", error, f"{path} is damaged; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object", type(value).__name__, f"{path} is damaged; fetch it again")
     return value
+
+
+def json_bytes(value: object) -> bytes:
+    """A JSON file as every septet writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def open_directory(path: Path) -> ModelDirectory:
@@ -114,7 +127,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME} must have a weight_map", type(weight_map).__name__, "fetch the index again")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or set("\\\0") & set(name):
             raise CheckpointError("a shard's name must be a plain .safetensors file name", f"{name!r} for {key}", "fetch the index again")
     return weight_map
 

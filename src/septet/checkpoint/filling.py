@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files
-from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
-from septet.checkpoint.jobs import Calibration, Job, list_jobs, quantize_job
+from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, companion_files, json_bytes
+from septet.checkpoint.integrity import HASHES_NAME, crc32_of_tensor, crc32_text, hashes_of
+from septet.checkpoint.jobs import Calibration, Job, Quantizer, list_jobs, quantize_job
 from septet.checkpoint.layout import INDEX_NAME, Shard, index_of, plan_shards
 from septet.checkpoint.options import FORMAT_VERSION, QuantizeOptions
 from septet.checkpoint.tensor_file import open_tensor_file
@@ -53,6 +52,7 @@ class Run:
         threads: 0 is the default number.
         progress: called with every Progress.
         calibration: for error feedback; None: plain rounding.
+        quantizer: of groups of layers; None: `quantize_group`.
     """
 
     workspace: Workspace
@@ -61,6 +61,7 @@ class Run:
     threads: int
     progress: Callable[[Progress], None]
     calibration: Calibration | None = None
+    quantizer: Quantizer | None = None
 
 
 #: Tensor key -> shard and first byte in it.
@@ -106,23 +107,17 @@ def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
             continue
         run.progress(Progress("check", job.name))
         for tensor in job.writes:
-            if _crc32_of_pieces(owners[tensor.key].pieces(tensor.key)) != record["crc32"].get(tensor.key):
+            if crc32_of_tensor(owners[tensor.key], tensor.key) != record["crc32"].get(tensor.key):
                 del run.workspace.records[job.name]
                 break
-
-
-def _crc32_of_pieces(pieces: Iterator[np.ndarray]) -> str:
-    checksum = "00000000"
-    for piece in pieces:
-        checksum = crc32_text(piece, checksum)
-    return checksum
 
 
 def _quantize(run: Run, job: Job, places: _Places) -> None:
     """Quantize a group of layers, write their tensors, record them."""
     checksums: dict[str, str] = {}
     layers: dict[str, dict] = {}
-    for layer, quantized in zip(job.layers, quantize_job(run.source, job, run.options, run.threads, run.calibration)):
+    made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
+    for layer, quantized in zip(job.layers, made):
         layers[layer.name] = quantized.config() | layer.config()
         for part, array in quantized.tensors().items():
             key = f"{layer.name}.{part}"
@@ -180,28 +175,16 @@ def _write_beside(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
     for name in companion_files(run.source.path):
         run.workspace.write_file(name, (run.source.path / name).read_bytes())
     if len(shards) > 1:
-        run.workspace.write_file(INDEX_NAME, _json_bytes(index_of(shards)))
+        run.workspace.write_file(INDEX_NAME, json_bytes(index_of(shards)))
     config = run.source.config | {"quantization_config": entry}
     if any(layer.source for job in jobs for layer in job.layers):
         config["tie_word_embeddings"] = False
-    run.workspace.write_file(CONFIG_NAME, _json_bytes(config))
+    run.workspace.write_file(CONFIG_NAME, json_bytes(config))
 
 
 def _write_hashes(run: Run, shards: list[Shard], made_from: dict) -> None:
     """Write septet.json, the last file."""
-    path = run.workspace.path
     run.progress(Progress("finish", HASHES_NAME))
-    names = {CONFIG_NAME, *companion_files(run.source.path), *(shard.name for shard in shards)} | (
-        {INDEX_NAME} if len(shards) > 1 else set()
-    )
-    hashes = {
-        "format_version": FORMAT_VERSION,
-        **made_from,
-        "headers": {shard.name: open_tensor_file(path / shard.name).header_sha256 for shard in shards},
-        "files": {name: sha256_of_file(path / name) for name in sorted(names)},
-    }
-    run.workspace.write_file(HASHES_NAME, _json_bytes(hashes))
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    others = [CONFIG_NAME, *companion_files(run.source.path), *([INDEX_NAME] if len(shards) > 1 else ())]
+    hashes = hashes_of(run.workspace.path, [shard.name for shard in shards], others)
+    run.workspace.write_file(HASHES_NAME, json_bytes({"format_version": FORMAT_VERSION, **made_from, **hashes}))

@@ -48,7 +48,7 @@ def inspect(path: Path) -> dict[str, object]:
 
 
 def _row(name: str, entry: dict, size_bytes: int) -> dict[str, object]:
-    shape = [entry["out_features"], entry["in_features"]]
+    shape, error = [entry["out_features"], entry["in_features"]], entry.get("relative_error")
     role = entry.get("role") if entry.get("role") in ("linear", "head") else "head" if entry["code"] == "int8" else "linear"
     return {
         "name": name,
@@ -58,7 +58,7 @@ def _row(name: str, entry: dict, size_bytes: int) -> dict[str, object]:
         "bits": 8.0 if entry["code"] == "int8" else entry["bits_per_pair"] / 2,
         "effective_bits": 8 * size_bytes / math.prod(shape),
         "size_bytes": size_bytes,
-        "relative_error": entry.get("relative_error"),
+        "relative_error": error if type(error) in (int, float) else None,
         "tied": entry.get("tied", []),
     }
 

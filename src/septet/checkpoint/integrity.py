@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from septet.checkpoint.tensor_file import TensorFile, open_tensor_file
 from septet.errors import CheckpointError
 
-__all__ = ["HASHES_NAME", "check_crc32", "crc32_text", "sha256_of_file"]
+__all__ = ["HASHES_NAME", "check_crc32", "crc32_of_tensor", "crc32_text", "hashes_of", "sha256_of_file"]
 
 HASHES_NAME = "septet.json"
 _READ_BYTES = 1 << 22
@@ -24,6 +26,14 @@ def crc32_text(array: np.ndarray, before: str = "00000000") -> str:
         before: checksum of the bytes before these, to go on with.
     """
     return f"{zlib.crc32(memoryview(array.reshape(-1).view(np.uint8)), int(before, 16)):08x}"
+
+
+def crc32_of_tensor(file: TensorFile, key: str) -> str:
+    """CRC-32 of a stored tensor, read piece by piece: eight hexadecimal digits."""
+    checksum = "00000000"
+    for piece in file.pieces(key):
+        checksum = crc32_text(piece, checksum)
+    return checksum
 
 
 def check_crc32(array: np.ndarray, expected: str, key: str) -> None:
@@ -51,3 +61,24 @@ def sha256_of_file(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path.name} must be readable", error.strerror or error, f"check {path.parent}") from error
     return digest.hexdigest()
+
+
+def hashes_of(path: Path, shards: Iterable[str], others: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What septet.json says of the files of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        shards: names of its safetensors files.
+        others: names of the other files, relative to it.
+
+    Returns:
+        `headers`, the SHA-256 of each shard's header; `files`, that of each file.
+
+    Raises:
+        CheckpointError: one cannot be read, or is no safetensors file.
+    """
+    shards = sorted(shards)
+    return {
+        "headers": {name: open_tensor_file(path / name).header_sha256 for name in shards},
+        "files": {name: sha256_of_file(path / name) for name in sorted({*shards, *others})},
+    }

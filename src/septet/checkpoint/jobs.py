@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from septet.quantize import (
 from septet.quantize.stored import stored_arrays
 from septet.quantize.tensor import RowSource
 
-__all__ = ["Calibration", "Job", "list_jobs", "quantize_group", "quantize_job", "read_matrices", "source_key"]
+__all__ = ["Calibration", "Job", "Quantizer", "list_jobs", "quantize_group", "quantize_job", "read_matrices", "source_key"]
 
 _STORED_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}
 
@@ -58,6 +58,13 @@ class Calibration(Protocol):
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
         """Let later statistics see this layer's quantized weights."""
+
+
+#: Quantizes layers that belong together; arguments and result are those of `quantize_group`.
+Quantizer = Callable[
+    [Sequence[LayerPlan], Sequence[RowSource], QuantizeOptions, int, GroupStatistics | None],
+    list[QuantizedTensor],
+]
 
 
 def list_jobs(source: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions) -> list[Job]:
@@ -125,12 +132,17 @@ def _outputs(layer: LayerPlan, options: QuantizeOptions) -> list[OutputTensor]:
 
 
 def quantize_job(
-    source: ModelDirectory, job: Job, options: QuantizeOptions, threads: int, calibration: Calibration | None = None
+    source: ModelDirectory,
+    job: Job,
+    options: QuantizeOptions,
+    threads: int,
+    calibration: Calibration | None = None,
+    quantizer: Quantizer | None = None,
 ) -> list[QuantizedTensor]:
-    """Quantize the layers of a job, with error feedback where the calibration knows something."""
+    """Quantize the layers of a job, with error feedback where the calibration knows something; `quantize_group` does it by default."""
     matrices = read_matrices(source, job.layers)
     statistics = calibration.statistics(job.layers) if calibration is not None and job.layers[0].code != "int8" else None
-    made = quantize_group(job.layers, matrices, options, threads, statistics)
+    made = (quantizer or quantize_group)(job.layers, matrices, options, threads, statistics)
     if calibration is not None:
         for layer, quantized in zip(job.layers, made):
             calibration.take_over(layer, quantized)

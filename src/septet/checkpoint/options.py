@@ -16,6 +16,8 @@ HEADS = ("int8", "trellis", "keep")
 _BITS_PER_PAIR = {"trellis": {3.0: 6, 3.5: 7, 4.0: 8}, "split": {3.5: 7}}
 #: How many tokens each effort calibrates with, unless told otherwise.
 CALIBRATION_TOKENS = (0, 8_192, 16_384, 32_768)
+#: More would not help, and the text must fit into memory.
+_MOST_CALIBRATION_TOKENS = 1 << 24
 
 
 def allocation_of(bits_per_weight: float) -> str:
@@ -34,7 +36,7 @@ class QuantizeOptions:
         activations: "int8" or "float", the default of the reader's products.
         activation_scale: "token" or "block".
         rotation_block: largest Hadamard block, a power of two.
-        seed: of the random signs.
+        seed: of the random signs and of drawn text, below 2^32.
         symmetric: split without offsets.
         granularity: split scales per "channel", "group" or "tensor".
         group_size: inputs per group, a multiple of 4.
@@ -88,6 +90,8 @@ class QuantizeOptions:
             raise OptionError("rotation_block must be a power of two", self.rotation_block, "use 256")
         if self.group_size < 4 or self.group_size % 4:
             raise OptionError("group_size must be a multiple of 4", self.group_size, "use 128")
+        if not 0 <= self.seed < 1 << 32:
+            raise OptionError("seed must be in 0..4294967295", self.seed, "use 0")
         if self.max_shard_bytes < 1:
             raise OptionError("max_shard_bytes must be positive", self.max_shard_bytes, "use 5000000000")
 
@@ -111,8 +115,8 @@ class QuantizeOptions:
         if (self.effort > 0) != (self.calibration != "none"):
             got = f"effort {self.effort} with calibration {self.calibration}"
             raise OptionError("efforts above 0 and calibration need each other", got, "use effort 0 with calibration none")
-        if self.calibration_tokens < 0:
-            raise OptionError("calibration_tokens must be positive", self.calibration_tokens, "leave it out")
+        if not 0 <= self.calibration_tokens <= _MOST_CALIBRATION_TOKENS:
+            raise OptionError(f"calibration_tokens must be in 0..{_MOST_CALIBRATION_TOKENS}", self.calibration_tokens, "leave it out")
 
     @property
     def bits_per_pair(self) -> int:

@@ -1,7 +1,8 @@
 """Quantize a whole checkpoint, one group of layers at a time, in memory bounded by the largest group.
 
 Everything happens in OUT.partial (see `workspace`); OUT appears complete or not at all. The bytes depend on the source, the
-options and the version of septet alone: not on threads, the clock, or on how often the run was interrupted.
+options and the version of septet alone (and, with calibration, on the kind of device): not on threads, the clock, or on how often the
+run was interrupted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from septet import __version__
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
 from septet.checkpoint.filling import Progress, Run, fill
 from septet.checkpoint.integrity import HASHES_NAME, sha256_of_file
-from septet.checkpoint.jobs import Calibration
+from septet.checkpoint.jobs import Calibration, Quantizer
 from septet.checkpoint.options import QuantizeOptions
+from septet.checkpoint.source import is_gguf
 from septet.checkpoint.widths import choose_widths
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
@@ -36,12 +38,14 @@ class Hooks:
         convert_gguf: (file, directory) -> None: writes a Hugging Face directory; needed for .gguf sources.
         calibrate: (opened source, layers, folder) -> calibration; needed when the options ask for one. The folder is for what it wants to
             find again after an interruption; it goes away with OUT.partial.
+        quantizer: who quantizes groups of layers, for instance on a GPU; None: NumPy and the native encoder.
     """
 
     plan: Callable[[ModelDirectory, QuantizeOptions], list[LayerPlan]]
     progress: Callable[[Progress], None] = lambda event: None
     convert_gguf: Callable[[Path, Path], None] | None = None
     calibrate: Callable[[ModelDirectory, list[LayerPlan], Path], Calibration] | None = None
+    quantizer: Quantizer | None = None
 
 
 def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks: Hooks, resume: bool = False, threads: int = 0) -> bool:
@@ -76,7 +80,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
         layers = hooks.plan(directory, options)
         calibration = _calibration(directory, layers, options, hooks, workspace.calibration)
         layers = choose_widths(directory, layers, options, calibration)
-        fill(Run(workspace, directory, options, threads, hooks.progress, calibration), layers, made_from)
+        fill(Run(workspace, directory, options, threads, hooks.progress, calibration, hooks.quantizer), layers, made_from)
         workspace.finish()
     finally:
         workspace.close()
@@ -115,7 +119,7 @@ def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:
 
 def _identify(source: Path) -> dict[str, object]:
     """What tells one source from another: hashes, no paths or dates."""
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         if not source.is_file():
             raise CheckpointError(f"{source} must be a file", "nothing there", "check the path")
         return {"kind": "gguf", "name": source.name, "sha256": sha256_of_file(source)}
@@ -132,7 +136,7 @@ def _change_times(source: Path) -> dict[str, int]:
 
 def _source_directory(source: Path, workspace: Workspace, hooks: Hooks) -> ModelDirectory:
     """The source as a Hugging Face directory; a .gguf file is converted into one inside the workspace."""
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         converted = workspace.scratch
         if not converted.exists():
             if hooks.convert_gguf is None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from septet.checkpoint.description import check_layer, checksums_of, layers_of, quantization_of
 from septet.checkpoint.directory import CONFIG_NAME, ModelDirectory, open_directory, read_json
-from septet.checkpoint.integrity import HASHES_NAME, crc32_text, sha256_of_file
+from septet.checkpoint.integrity import HASHES_NAME, crc32_of_tensor, sha256_of_file
 from septet.errors import CheckpointError, SeptetError
 
 __all__ = ["VerifyReport", "verify"]
@@ -78,7 +78,7 @@ def _check_files(path: Path, report: VerifyReport, progress: Callable[[str], Non
         raise CheckpointError(f"{HASHES_NAME} must list files", type(files).__name__, "fetch the checkpoint again")
     for name, expected in files.items():
         parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
             report.add(f"{HASHES_NAME} must list files of the checkpoint", repr(name), "do not trust this checkpoint")
             continue
         progress(name)
@@ -108,14 +108,7 @@ def _check_tensors(directory: ModelDirectory, expected: dict[str, str], report: 
             report.add(f"config.json must list a crc32 of {key}", "none", "fetch config.json again")
         else:
             progress(key)
-            found = report.run(lambda key=key: _crc32_of(directory, key))
+            found = report.run(lambda key=key: crc32_of_tensor(directory.file_of(key), key))
             report.tensors += 1
             if found not in (None, expected[key]):
                 report.add(f"{key} must have the CRC {expected[key]} of config.json", found, f"fetch {directory.owners[key]} again")
-
-
-def _crc32_of(directory: ModelDirectory, key: str) -> str:
-    checksum = "00000000"
-    for piece in directory.file_of(key).pieces(key):
-        checksum = crc32_text(piece, checksum)
-    return checksum

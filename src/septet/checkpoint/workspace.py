@@ -1,11 +1,11 @@
 """OUT.partial: a checkpoint in the making, and the journal that makes it safe to interrupt.
 
-    OUT.partial/journal.jsonl    line 1: what is being made; then one line per finished job, written after its data is on disk
+    OUT.partial/journal          line 1: what is being made; then one line per finished job, written after its data is on disk
     OUT.partial/*.safetensors    full size from the start, so that a full disk shows at once; filled job by job
     OUT                          appears by one rename when everything is done and the journal is gone
 
-After a crash a torn last line is dropped, and finished jobs are believed only if their bytes still have the recorded CRC.
-A lock on the journal keeps two runs apart.
+Every line of the journal begins with its CRC. After a crash torn lines are dropped, and finished jobs are believed only if their bytes
+still have the recorded CRC. A lock on the journal keeps two runs apart. A run that fails before it has made anything leaves nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,7 +30,7 @@ from septet.errors import CheckpointError
 
 __all__ = ["Workspace", "writing"]
 
-_JOURNAL_NAME = "journal.jsonl"
+_JOURNAL_NAME = "journal"
 _SCRATCH_NAME = "source"
 _CALIBRATION_NAME = "calibration.tmp"
 
@@ -74,45 +76,62 @@ class Workspace:
         #: A folder for what a calibration has found out; neither does it.
         self.calibration = self.path / _CALIBRATION_NAME
         self._journal_path = self.path / _JOURNAL_NAME
-        #: Job name -> its record, of jobs that an earlier run has finished.
+        #: Job name -> its record, of jobs that have been finished.
         self.records: dict[str, dict] = {}
-        with writing(self.path):
-            if self.path.exists() and not resume:
-                raise CheckpointError(f"{self.path} must not exist", "an unfinished run", "go on with --resume, or delete it")
-            self.path.mkdir(parents=True, exist_ok=True)
-            journaled, hashed = self._journal_path.exists(), (self.path / HASHES_NAME).exists()
-            self._only_rename_missing = hashed and not journaled
-            if not journaled and not hashed and any(self.path.iterdir()):
-                raise CheckpointError(f"{self.path} must come from an unfinished run", "other files", "move them away")
-            self._journal = open(self._journal_path, "a+b")
-            self._lock()
-            self._read_journal(identity)
+        self._shards: list[Path] = []
+        self._new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        #: Whether this run may remove the folder if nothing has been made in it; never before it holds the lock.
+        self._is_ours = False
+        self._only_rename_missing = False
+        self._journal: BinaryIO | None = None
+        with contextlib.ExitStack() as failure:
+            failure.callback(self.close)
+            with writing(self.path):
+                self._open(identity, resume)
+            failure.pop_all()
 
-    def _lock(self) -> None:
+    def _open(self, identity: dict, resume: bool) -> None:
+        """Take the folder, and read what an earlier run has left in it."""
+        if self.path.exists() and not resume:
+            raise CheckpointError(f"{self.path} must not exist", "an unfinished run", "go on with --resume, or delete it")
+        self.path.mkdir(parents=True, exist_ok=True)
+        hashed = (self.path / HASHES_NAME).exists()
+        if not self._journal_path.exists() and not hashed and any(self.path.iterdir()):
+            raise CheckpointError(f"{self.path} must come from an unfinished run", "other files", "move them away")
+        self._journal = open(self._journal_path, "a+b")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{self.path} must be used by one run at a time", "another one at work", "wait for it") from None
+        self._is_ours = self.path in self._new_folders
+        self._read_journal(identity, hashed)
 
-    def _read_journal(self, identity: dict) -> None:
+    def _read_journal(self, identity: dict, hashed: bool) -> None:
         self._journal.seek(0)
         content = self._journal.read()
         whole = content[: content.rfind(b"\n") + 1]
+        first, *others = [_record_of(line) for line in whole.split(b"\n")[:-1]] or [None]
+        #: septet.json is written last, and the journal removed after that.
+        self._only_rename_missing = hashed and not whole
+        if first is not None:
+            self._compare(first, identity)
+        elif whole:
+            hint = f"delete {self.path} and start again"
+            raise CheckpointError(f"{self._journal_path} must begin with what is being made", "a damaged line", hint)
+        self._is_ours = True
         self._journal.truncate(len(whole))
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
+        if not whole and not hashed:
             self._append(identity)
-        else:
-            self._compare(lines[0], identity)
-        self.records = {line["job"]: line for line in lines[1:]}
+        self.records = {record["job"]: record for record in others if record is not None}
 
     def _append(self, record: dict) -> None:
-        self._journal.write(json.dumps(record).encode() + b"\n")
+        self._journal.write(_line_of(record))
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
     def reserve(self, shards: list[Shard]) -> None:
         """Create the shards at their full size and write their headers; those of an earlier run keep their data."""
+        self._shards = [self.path / shard.name for shard in shards]
         for shard in shards:
             with writing(self.path / shard.name):
                 descriptor = os.open(self.path / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -179,5 +198,33 @@ class Workspace:
             _sync_folder(self.out.parent)
 
     def close(self) -> None:
-        """Let go of the journal and its lock."""
-        self._journal.close()
+        """Let go of the journal and its lock; if nothing has been made yet, the folder goes away."""
+        if self._is_ours and not self._has_work():
+            for folder in (self.scratch.with_suffix(".unfinished"), self.calibration):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (*self._shards, self._journal_path):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            # A folder with files of somebody else stays.
+            with contextlib.suppress(OSError):
+                for folder in (self.path, *(folder for folder in self._new_folders if folder != self.path)):
+                    folder.rmdir()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _has_work(self) -> bool:
+        """Whether a later run could use anything of this one."""
+        found = [file for file in self.calibration.glob("*") if ".unfinished" not in file.name]
+        return bool(self.records or self._only_rename_missing or found or self.scratch.exists())
+
+
+def _line_of(record: dict) -> bytes:
+    """A line of the journal: the CRC-32 of a JSON text, and the text."""
+    text = json.dumps(record).encode()
+    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
+
+
+def _record_of(line: bytes) -> dict | None:
+    """What a line of the journal says; None if it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum == f"{zlib.crc32(text):08x}".encode() else None

@@ -6,6 +6,7 @@ before or after the command's name, shows the traceback too. Whatever a library 
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from types import TracebackType
@@ -52,7 +53,11 @@ def describe_error(error: Exception) -> tuple[str, str]:
         return f"{error.requirement}, got {error.got}", error.hint
     cause = f" (caused by {type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
     if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error}{cause}", "make room and run the command again; `septet quantize` goes on with --resume"
         return f"{error}{cause}", f"check the path and its permissions; {DEBUG} shows where it happened"
+    if isinstance(error, MemoryError):
+        return f"the memory of this machine must suffice, got {str(error) or 'no more'}{cause}", "use smaller sizes or a larger machine"
     return f"{type(error).__name__}: {error}{cause}", f"septet did not expect this: run again with {DEBUG} and report what it prints"
 
 

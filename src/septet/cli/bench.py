@@ -33,6 +33,7 @@ def kernels(
     codes: Annotated[str, typer.Option(help="Of trellis, trellis-3, trellis-4, split, int8.")] = "trellis,split",
     tokens: Annotated[str, typer.Option(help="Tokens at once, separated by commas.")] = "1",
     threads: ThreadsOption = "0",
+    backends: Annotated[str, typer.Option(help="They take turns: native, fortran, or builds: native-avx2, fortran-flang.")] = "native",
     rounds: RoundsOption = 5,
     csv: CsvOption = None,
     as_json: JsonOption = False,
@@ -49,8 +50,9 @@ def kernels(
     ]
     with progress_bar() as bar:
         task = bar.add_task("time kernels", total=len(cases))
-        rows = measure_kernels(cases, rounds, lambda done, total: bar.update(task, completed=done))
-    _show(rows, ("name", "code", "k", "n", "tokens", "threads", "gweight_per_s", "gb_per_s", "bandwidth_fraction", "spread"), csv, as_json)
+        rows = measure_kernels(cases, rounds, lambda done, total: bar.update(task, completed=done), backends.split(","))
+    columns = "name code backend k n tokens threads gweight_per_s gb_per_s bandwidth_fraction of_first spread"
+    _show(rows, tuple(columns.split()), csv, as_json)
 
 
 @bench.command()

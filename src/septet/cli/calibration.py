@@ -12,7 +12,7 @@ from septet.cli.eval import read_text
 if TYPE_CHECKING:
     import torch
 
-    from septet.calibration import Calibrator, Sensitivity
+    from septet.calibration import Calibrator, Machine, Sensitivity
     from septet.checkpoint import QuantizeOptions
     from septet.checkpoint.directory import ModelDirectory
     from septet.checkpoint.stream import Progress
@@ -40,7 +40,7 @@ def calibration_name(choice: str) -> str:
 
 
 def calibrate_with(
-    choice: str, options: QuantizeOptions, threads: int, show: Callable[[Progress], None]
+    choice: str, options: QuantizeOptions, threads: int, show: Callable[[Progress], None], device: str = "cpu"
 ) -> Callable[[ModelDirectory, list[LayerPlan], Path], Calibrator]:
     """The hook `calibrate` of a quantization run; text and sensitivities of an interrupted run are found again.
 
@@ -49,29 +49,29 @@ def calibrate_with(
         options: of the run.
         threads: 0 is the default number; the result does not depend on it.
         show: called while the model writes and is measured.
+        device: "cpu", "cuda" or "cuda:N"; where the model runs.
     """
 
     def calibrate(directory: ModelDirectory, layers: list[LayerPlan], folder: Path) -> Calibrator:
-        import numpy as np
         import torch
 
         from septet import loading
-        from septet.calibration import Calibrator
-        from septet.calibration.sensitivity import save_array
+        from septet.calibration import Calibrator, Machine
+        from septet.calibration.sensitivity import load_array, save_array
 
-        model = loading.load_model(directory.path)
+        model, machine = loading.load_model(directory.path), Machine(threads, device)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
         shape = -(-options.tokens // context), context
         kept = folder / "windows.npy"
         if not kept.is_file():
-            windows = write_windows(model, shape, options.seed, threads, show) if choice == "self" else _read(choice, model, shape)
+            windows = write_windows(model, shape, options.seed, machine, show) if choice == "self" else _read(choice, model, shape)
             save_array(kept, windows.numpy())
-        windows = torch.from_numpy(np.load(kept, allow_pickle=False))
+        windows = torch.from_numpy(load_array(kept))
         sensitivity = None
         if options.effort >= 2:
             beginnings = windows[:, :SENSITIVITY_CONTEXT].contiguous()
-            sensitivity = _measured(model, layers, beginnings, options.seed, threads, folder, show)
-        return Calibrator(model, layers, windows, threads, sensitivity)
+            sensitivity = _measured(model, layers, beginnings, options.seed, machine, folder, show)
+        return Calibrator(model, layers, windows, machine, sensitivity)
 
     return calibrate
 
@@ -81,7 +81,7 @@ def _measured(
     layers: list[LayerPlan],
     windows: torch.Tensor,
     seed: int,
-    threads: int,
+    machine: Machine,
     folder: Path,
     show: Callable[[Progress], None],
 ) -> Sensitivity:
@@ -98,7 +98,7 @@ def _measured(
         def measured(done: int, total: int) -> None:
             show(Progress("measure", f"block {done} of {total}"))
 
-        measure(model, layers, windows, seed, threads, found, measured)
+        measure(model, layers, windows, seed, machine, found, measured)
         save_array(complete, np.zeros(0))
     return found
 
@@ -118,7 +118,7 @@ def _read(choice: str, model: torch.nn.Module, shape: tuple[int, int]) -> torch.
 
 
 def write_windows(
-    model: torch.nn.Module, shape: tuple[int, int], seed: int, threads: int, show: Callable[[Progress], None]
+    model: torch.nn.Module, shape: tuple[int, int], seed: int, machine: Machine, show: Callable[[Progress], None]
 ) -> torch.Tensor:
     """Windows that the model writes.
 
@@ -126,7 +126,7 @@ def write_windows(
         model: a causal language model.
         shape: (windows, tokens of each).
         seed: of the draws.
-        threads: 0 is the default number; the result does not depend on it.
+        machine: where; the result does not depend on the number of threads.
         show: called after some of them.
 
     Returns:
@@ -141,4 +141,4 @@ def write_windows(
     end = ends[0] if isinstance(ends, list) and ends else ends
     start = next((token for token in (config.bos_token_id, end) if isinstance(token, int)), 0)
     show(Progress("sample", f"{count} windows of {context} tokens"))
-    return sample_windows(model, count, context, start, seed, threads)
+    return sample_windows(model, count, context, start, seed, machine)

@@ -7,40 +7,29 @@ from typing import Annotated
 
 import typer
 
+from septet.cli import options
 from septet.cli.app import app
 from septet.cli.model import load
-from septet.cli.options import (
-    ActivationOption,
-    EngineChoice,
-    EngineOption,
-    MinPOption,
-    ModelArgument,
-    PenaltyOption,
-    SeedOption,
-    TemperatureOption,
-    TokensOption,
-    TopKOption,
-    TopPOption,
-)
 from septet.cli.output import note
+from septet.errors import OptionError
 
 __all__ = ["chat"]
 
 
 @app.command()
 def chat(
-    directory: ModelArgument,
+    directory: options.ModelArgument,
     message: Annotated[str | None, typer.Argument(help="One message to answer; without it, one per line is read from stdin.")] = None,
     system: Annotated[str | None, typer.Option(help="System message; default: that of the template.")] = None,
-    max_new_tokens: TokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    activations: ActivationOption = None,
-    engine: EngineOption = EngineChoice.auto,
+    max_new_tokens: options.TokensOption = 512,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SeedOption = 0,
+    min_p: options.MinPOption = 0.0,
+    repetition_penalty: options.PenaltyOption = 1.0,
+    activations: options.ActivationOption = None,
+    engine: options.EngineOption = options.EngineChoice.auto,
 ) -> None:
     """Talk to a model: each line is a message, an empty line or end of file ends the conversation."""
     from septet import generate
@@ -64,7 +53,10 @@ def _lines():
     while True:
         if terminal:
             typer.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise OptionError("messages must be UTF-8", f"{error.reason} at byte {error.start}", "convert the input") from error
         if not line:
             return
         yield line

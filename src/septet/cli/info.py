@@ -52,6 +52,7 @@ def collect() -> dict:
         BackendUnavailableError: SEPTET_BACKEND or SEPTET_CPU names something that does not work here.
     """
     from septet import kernels
+    from septet.quantize.threads import default_threads
 
     backend = kernels.select_backend()
     native = kernels.select_backend("native") if kernels.available_backends().get("native", "") is None else None
@@ -59,7 +60,7 @@ def collect() -> dict:
     return {
         "versions": {"septet": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "processors": os.cpu_count(),
-        "threads": int(os.environ.get("SEPTET_THREADS") or os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or os.cpu_count() or 1),
+        "threads": default_threads(),
         "backend": backend.NAME,
         "backends": kernels.available_backends(),
         "instruction_set": native.instruction_set() if native is not None and backend.NAME == "native" else None,

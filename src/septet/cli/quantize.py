@@ -13,9 +13,9 @@ import typer
 
 from septet.cli.app import app
 from septet.cli.calibration import calibrate_with, calibration_name
+from septet.cli.device import check_device, quantizer_on
 from septet.cli.options import Activations, JsonOption
 from septet.cli.output import note, print_json, progress_bar, quiet_libraries
-from septet.errors import OptionError
 
 if TYPE_CHECKING:
     from septet.checkpoint import QuantizeOptions
@@ -55,17 +55,16 @@ def quantize(
         str | None, typer.Option(help="A text file; self: text that the model writes; none: effort 0.", show_default="self")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="About how many; 0: the effort's own number.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute; only cpu so far.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N: where to compute.")] = "cpu",
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
-    threads: Annotated[int, typer.Option(help="0: SEPTET_THREADS, OMP_NUM_THREADS, or all. The result is the same.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: SEPTET_THREADS, OMP_NUM_THREADS, or all. The result is the same.", min=0, max=1024)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model."""
-    if device != "cpu":
-        raise OptionError("device must be cpu", device, "leave it out; quantizing on a GPU comes with a later version")
+    check_device(device)
     from septet import checkpoint
     from septet.checkpoint.options import allocation_of
 
@@ -83,7 +82,7 @@ def quantize(
     )
     started = time.perf_counter()
     run = quantize_best if effort == 3 else quantize_with_bar
-    worked = run(source, out, options, resume, threads, calibration)
+    worked = run(source, out, options, resume, threads, calibration, device)
     seconds = time.perf_counter() - started
     totals = checkpoint.inspect(out)["totals"]
     if as_json:
@@ -111,21 +110,28 @@ def effort_and_calibration(effort: int | None, calibration: str | None) -> tuple
 
 
 def quantize_best(
-    source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0, calibration: str = "self"
+    source: str,
+    out: Path,
+    options: QuantizeOptions,
+    resume: bool = False,
+    threads: int = 0,
+    calibration: str = "self",
+    device: str = "cpu",
 ) -> bool:
     """Quantize with one width for all layers and with measured widths, and keep what loses less on text that neither has seen.
 
     Both are made beside OUT; arguments and result are those of `quantize_with_bar`.
     """
     if out.exists() or options.bits_per_weight != 3.5 or options.code != "trellis":
-        return quantize_with_bar(source, out, options, resume, threads, calibration)
+        return quantize_with_bar(source, out, options, resume, threads, calibration, device)
     from septet.cli.trial import divergence_on_own_text
 
     losses: dict[str, float] = {}
     for allocation in ("uniform", "measured"):
         place = out.with_name(f"{out.name}.{allocation}")
-        quantize_with_bar(source, place, replace(options, allocation=allocation), resume or place.exists(), threads, calibration)
-        losses[allocation] = divergence_on_own_text(source, place, options.seed + 1, threads)
+        chosen = replace(options, allocation=allocation)
+        quantize_with_bar(source, place, chosen, resume or place.exists(), threads, calibration, device)
+        losses[allocation] = divergence_on_own_text(source, place, options.seed + 1, threads, device)
         note(f"{allocation} widths: KL {losses[allocation]:.4f} on text that the model wrote")
     best = min(losses, key=losses.__getitem__)
     for allocation in losses:
@@ -138,7 +144,13 @@ def quantize_best(
 
 
 def quantize_with_bar(
-    source: str, out: Path, options: QuantizeOptions, resume: bool = False, threads: int = 0, calibration: str = "none"
+    source: str,
+    out: Path,
+    options: QuantizeOptions,
+    resume: bool = False,
+    threads: int = 0,
+    calibration: str = "none",
+    device: str = "cpu",
 ) -> bool:
     """Quantize with a progress bar on stderr.
 
@@ -149,6 +161,7 @@ def quantize_with_bar(
         resume: go on with an interrupted run.
         threads: 0 is the default number.
         calibration: a text file, "self" or "none"; the options name it too.
+        device: "cpu", "cuda" or "cuda:N".
 
     Returns:
         False when there was nothing left to do.
@@ -167,6 +180,11 @@ def quantize_with_bar(
             if event.total_bytes:
                 bar.update(task, completed=event.done_bytes, total=event.total_bytes)
 
-        calibrate = calibrate_with(calibration, options, threads, show)
-        hooks = Hooks(plan=loading.plan_checkpoint, progress=show, convert_gguf=loading.convert_gguf, calibrate=calibrate)
+        hooks = Hooks(
+            plan=loading.plan_checkpoint,
+            progress=show,
+            convert_gguf=loading.convert_gguf,
+            calibrate=calibrate_with(calibration, options, threads, show, device),
+            quantizer=quantizer_on(device),
+        )
         return quantize_checkpoint(path, out, options, hooks, resume, threads)

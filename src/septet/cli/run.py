@@ -6,22 +6,9 @@ from typing import Annotated
 
 import typer
 
+from septet.cli import options
 from septet.cli.app import app
 from septet.cli.model import load
-from septet.cli.options import (
-    ActivationOption,
-    EngineChoice,
-    EngineOption,
-    JsonOption,
-    MinPOption,
-    ModelArgument,
-    PenaltyOption,
-    SeedOption,
-    TemperatureOption,
-    TokensOption,
-    TopKOption,
-    TopPOption,
-)
 from septet.cli.output import print_json
 
 __all__ = ["run"]
@@ -29,18 +16,18 @@ __all__ = ["run"]
 
 @app.command()
 def run(
-    directory: ModelArgument,
+    directory: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The raw prompt; `septet chat` uses the chat template.")],
-    max_new_tokens: TokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    activations: ActivationOption = None,
-    engine: EngineOption = EngineChoice.auto,
-    as_json: JsonOption = False,
+    max_new_tokens: options.TokensOption = 128,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SeedOption = 0,
+    min_p: options.MinPOption = 0.0,
+    repetition_penalty: options.PenaltyOption = 1.0,
+    activations: options.ActivationOption = None,
+    engine: options.EngineOption = options.EngineChoice.auto,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Complete a prompt."""
     from septet import generate

@@ -10,7 +10,7 @@ _WINDOWS = 16
 _CONTEXT = 512
 
 
-def divergence_on_own_text(source: str, candidate: Path, seed: int, threads: int = 0) -> float:
+def divergence_on_own_text(source: str, candidate: Path, seed: int, threads: int = 0, device: str = "cpu") -> float:
     """The mean KL divergence of a candidate from its original.
 
     Args:
@@ -18,17 +18,19 @@ def divergence_on_own_text(source: str, candidate: Path, seed: int, threads: int
         candidate: a septet directory.
         seed: of the text; another one than that of the calibration.
         threads: 0 is the default number; the text does not depend on it.
+        device: where the text is written.
 
     Returns:
         nats per token, over the second halves of a few windows, float32 and float activations.
     """
     from septet import loading
+    from septet.calibration import Machine
     from septet.cli.calibration import write_windows
     from septet.evaluation.scoring import score_models
     from septet.evaluation.windows import Windows
 
     original = loading.load_model(loading.resolve_source(source), "float32")
     context = min(_CONTEXT, getattr(original.config, "max_position_embeddings", None) or _CONTEXT)
-    tokens = write_windows(original, (_WINDOWS, context), seed, threads, lambda event: None)
+    tokens = write_windows(original, (_WINDOWS, context), seed, Machine(threads, device), lambda event: None)
     model = loading.load_model(candidate, "float32", "float")
     return score_models(model, Windows(tokens, context // 2, False), original, None)["kld_mean"]

@@ -23,7 +23,8 @@ class Sampling:
         top_p: draw among the likeliest that hold this share of the probability, 0 < top_p <= 1.
         seed: of the private generator, not negative.
         min_p: leave out tokens less likely than this share of the likeliest one, 0 <= min_p <= 1.
-        repetition_penalty: above 1 makes tokens that stand in the text less likely (Keskar et al., CTRL, 2019, arXiv:1909.05858).
+        repetition_penalty: 0.001 to 1000; above 1 makes tokens that stand in the text less likely (Keskar et al., CTRL, 2019,
+            arXiv:1909.05858).
     """
 
     max_new_tokens: int = 128
@@ -42,7 +43,7 @@ class Sampling:
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p),
             (self.seed >= 0, "seed must not be negative", self.seed),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1", self.min_p),
-            (0 < self.repetition_penalty < float("inf"), "repetition_penalty must be above 0", self.repetition_penalty),
+            (0.001 <= self.repetition_penalty <= 1000, "repetition_penalty must be between 0.001 and 1000", self.repetition_penalty),
         )
         for holds, requirement, got in checks:
             if not holds:
@@ -93,7 +94,8 @@ class Sampler:
 
 def _candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn, and their weights in float64."""
-    weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest tokens alone
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     tokens = np.arange(len(weights))
     if 0 < sampling.top_k < len(weights):
         least = np.partition(weights, -sampling.top_k)[-sampling.top_k]

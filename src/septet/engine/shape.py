@@ -21,6 +21,7 @@ FAMILIES = {"llama": (), "mistral": (), "qwen2": ("qkv_bias",), "qwen3": ("head_
 _HINT = "run this model through transformers"
 _MAX_SIZE = 1 << 28
 _MAX_CONTEXT = 1 << 24
+_MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def read_shape(config: Mapping[str, object]) -> ModelShape:
         UnsupportedModelError: another family, or a feature or size that the engine does not know.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise _unsupported(f"model_type must be one of {', '.join(FAMILIES)}", family)
     for key, known in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if config.get(key, known) != known:
@@ -107,7 +108,7 @@ def _size(config: Mapping[str, object], key: str, default: int | None = None) ->
 
 def _number(table: Mapping[str, object], key: str) -> float:
     value = table.get(key)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:
         raise _unsupported(f"{key} of the rotary positions must be a positive number", repr(value))
     return float(value)
 

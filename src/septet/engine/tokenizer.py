@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from septet.checkpoint.directory import read_json
-from septet.errors import CheckpointError, UnsupportedModelError
+from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 
-__all__ = ["Pieces", "Tokenizer"]
+__all__ = ["Pieces", "Tokenizer", "check_text"]
 
 _TOKENIZER, _CONFIG, _TEMPLATE, _GENERATION = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+#: What a template can run into, beside jinja2's own errors.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -37,8 +39,9 @@ class Tokenizer:
         if not (path / _TOKENIZER).is_file():
             hint = "run this model through transformers"
             raise UnsupportedModelError(f"for the native engine, a model must have {_TOKENIZER}", "none", hint)
-        with _Refusals(path / _TOKENIZER):
-            self._tokenizer = tokenizers.Tokenizer.from_str((path / _TOKENIZER).read_text("utf-8"))
+        self._path = path / _TOKENIZER
+        with _Refusals(self._path):
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._path.read_text("utf-8"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._config = read_json(path / _CONFIG) if (path / _CONFIG).is_file() else {}
@@ -47,8 +50,15 @@ class Tokenizer:
         self.stop_tokens = self._find_stops(path)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds what the tokenizer puts around every text."""
-        ids = self._tokenizer.encode(text, add_special_tokens=special).ids
+        """Token ids of a text; `special` adds what the tokenizer puts around every text.
+
+        Raises:
+            OptionError: the text is not Unicode.
+            CheckpointError: the tokenizer cannot express it.
+        """
+        check_text(text)
+        with _Refusals(self._path):
+            ids = self._tokenizer.encode(text, add_special_tokens=special).ids
         begin = self._tokenizer.token_to_id(self._names.get("bos_token", ""))
         if special and self._config.get("add_bos_token") is True and begin is not None and ids[:1] != [begin]:
             return [begin, *ids]
@@ -116,8 +126,21 @@ class Pieces:
         return piece
 
 
+def check_text(text: str) -> None:
+    """Raise unless a text can be written as UTF-8: what comes from a terminal may hold bytes that are no characters.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"a byte that is no character, at place {error.start}"
+        raise OptionError("a text must be UTF-8", got, "check the encoding of the terminal or file") from error
+
+
 class _Refusals:
-    """A context that turns what `tokenizers` raises, a bare Exception, into an error about the file."""
+    """A context that turns what `tokenizers` raises, a bare Exception or a panic, into an error about the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -126,7 +149,7 @@ class _Refusals:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if type(error) is Exception or isinstance(error, OSError | UnicodeDecodeError):
+        if type(error) is Exception or type(error).__name__ == "PanicException" or isinstance(error, OSError | UnicodeDecodeError):
             raise CheckpointError(f"{self._path.name} must be a tokenizer", error, f"{self._path} is damaged; fetch it again") from error
 
 
@@ -150,11 +173,14 @@ def _content(token: object) -> str | None:
 
 def _find_template(path: Path, config: Mapping[str, object]) -> str | None:
     if (path / _TEMPLATE).is_file():
-        return (path / _TEMPLATE).read_text("utf-8")
+        try:
+            return (path / _TEMPLATE).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{_TEMPLATE} must be UTF-8", error, f"{path / _TEMPLATE} is damaged; fetch it again") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
 
 
@@ -171,5 +197,5 @@ def _render(template: str, messages: list[Mapping[str, str]], names: Mapping[str
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
-    except jinja2.exceptions.TemplateError as error:
+    except (jinja2.exceptions.TemplateError, *_FAILURES) as error:
         raise CheckpointError("the chat template must accept the conversation", error, "check the roles and their order") from error

@@ -10,6 +10,8 @@ Checkpoints are checked before they are loaded, and the model after it was; noth
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
+from types import MethodType
 
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -145,6 +147,8 @@ class SeptetHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         """The weights are there: quantize, or check."""
         config = self.quantization_config
+        # transformers has no hook behind `save_pretrained`, and hashes can be taken from finished files only.
+        model.save_pretrained = MethodType(save_pretrained, model)
         if self.pre_quantized:
             loaded_model.finish(model, self._shapes, self._runtime(model))
             return model
@@ -175,6 +179,7 @@ class SeptetHfQuantizer(HfQuantizer):
         """`model.dequantize()`: dense modules with the values of the packed ones."""
         models.restore_modules(model, _as_dtype(dtype))
         loaded_model.forget_companions(model)
+        model.__dict__.pop("save_pretrained", None)
         return model
 
     def is_serializable(self) -> bool:
@@ -190,6 +195,18 @@ class SeptetHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators are opaque to torch.compile."""
         return True
+
+
+def save_pretrained(model, save_directory, *args, **keywords):
+    """`save_pretrained` of a packed model: that of its class, and septet.json, which `septet verify` needs.
+
+    With `push_to_hub=True` septet.json stays here; `model.push_to_hub` sends it too.
+    """
+    result = type(model).save_pretrained(model, save_directory, *args, **keywords)
+    whole = not any(keywords.get(name) for name in ("variant", "distributed_checkpoint")) and not getattr(model, "peft_config", None)
+    if whole and Path(save_directory).is_dir() and keywords.get("is_main_process", True) and _is_first_rank():
+        saved_model.write_hashes(Path(save_directory))
+    return result
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

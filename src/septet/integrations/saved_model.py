@@ -1,14 +1,21 @@
-"""What `save_pretrained` writes of a packed model, and its checksums."""
+"""What `save_pretrained` writes of a packed model, its checksums, and septet.json beside it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from septet.checkpoint.integrity import crc32_text
+from septet import __version__
+from septet.checkpoint.directory import CONFIG_NAME, json_bytes, shard_names
+from septet.checkpoint.integrity import HASHES_NAME, crc32_text, hashes_of
+from septet.checkpoint.layout import INDEX_NAME
+from septet.checkpoint.options import FORMAT_VERSION
+from septet.checkpoint.workspace import writing
 from septet.model import septet_modules
 
-__all__ = ["checksums", "state_dict_of"]
+__all__ = ["checksums", "state_dict_of", "write_hashes"]
 
 
 def state_dict_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -41,6 +48,19 @@ def checksums(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
     kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
     kept = core_model_loading.revert_weight_conversion(model, kept)
     return {key: _crc32(tensor) for key, tensor in kept.items()}
+
+
+def write_hashes(path: Path) -> None:
+    """Write septet.json beside what `save_pretrained` has just written. A tokenizer is not part of that, so it is not in it.
+
+    Raises:
+        CheckpointError: the files do not belong together (an index of another model in the same place), or cannot be written.
+    """
+    shards = shard_names(path)
+    others = [name for name in (CONFIG_NAME, "generation_config.json", INDEX_NAME) if (path / name).is_file()]
+    hashes = {"format_version": FORMAT_VERSION, "septet_version": __version__, **hashes_of(path, shards, others)}
+    with writing(path / HASHES_NAME):
+        (path / HASHES_NAME).write_bytes(json_bytes(hashes))
 
 
 def _crc32(tensor: torch.Tensor) -> str:

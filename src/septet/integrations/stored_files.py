@@ -12,8 +12,8 @@ from pathlib import Path
 
 from septet.checkpoint.description import check_layer, checksums_of, layers_of
 from septet.checkpoint.directory import ModelDirectory
-from septet.checkpoint.integrity import crc32_text
-from septet.checkpoint.tensor_file import TensorFile, open_tensor_file
+from septet.checkpoint.integrity import crc32_of_tensor
+from septet.checkpoint.tensor_file import open_tensor_file
 from septet.errors import CheckpointError
 from septet.quantize.threads import default_threads
 
@@ -48,15 +48,8 @@ def check_files(paths: Sequence[str], quantization: Mapping[str, object]) -> Non
         if f"{name}.weight" in owners:
             check_layer(directory, name, entry)
     with ThreadPoolExecutor(min(default_threads(), 8)) as pool:
-        found = dict(zip(owners, pool.map(lambda key: _crc32(files[owners[key]], key), owners)))
+        found = dict(zip(owners, pool.map(lambda key: crc32_of_tensor(files[owners[key]], key), owners)))
     for key, checksum in found.items():
         if checksum != expected[key]:
             hint = f"{Path(owners[key]).name} is damaged; fetch it again"
             raise CheckpointError(f"{key} must have the CRC {expected[key]} of config.json", checksum, hint)
-
-
-def _crc32(file: TensorFile, key: str) -> str:
-    checksum = "00000000"
-    for piece in file.pieces(key):
-        checksum = crc32_text(piece, checksum)
-    return checksum

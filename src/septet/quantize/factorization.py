@@ -27,7 +27,7 @@ __all__ = ["DAMPINGS", "ERROR_BITS", "Factor", "divide", "factorize"]
 DAMPINGS = (0.03, 0.1, 0.3)
 #: Errors fed back are whole numbers up to 2^20 (see `feedback`).
 ERROR_BITS = 20
-_MOST_COEFFICIENT_BITS = 30
+MOST_COEFFICIENT_BITS = 30
 _PANEL = 128
 _DIVISION_PANEL = 256
 _STRIP = 1024
@@ -186,5 +186,5 @@ def _whole_coefficients(lower: np.ndarray, tile: int) -> tuple[np.ndarray, int]:
     for start in range(0, size, _STRIP):
         lower[start : start + _STRIP][tiles[start : start + _STRIP, None] <= tiles] = 0
     largest = float(sum_columns(np.abs(lower)).max(initial=0.0))
-    shift = min(_MOST_COEFFICIENT_BITS, exact.EXACT_BITS - 2 - ERROR_BITS - int(exact.ceil_log2(np.float64(largest))))
+    shift = min(MOST_COEFFICIENT_BITS, exact.EXACT_BITS - 2 - ERROR_BITS - int(exact.ceil_log2(np.float64(largest))))
     return np.rint(np.ldexp(lower, shift), out=lower), shift

@@ -33,7 +33,7 @@ __all__ = ["BATCH_INPUTS", "Sheet", "encode_sheets", "encode_with_feedback"]
 #: Inputs between two large products; a matter of speed alone.
 BATCH_INPUTS = 128
 #: Errors are counted in 1/16 of the encoder's quarter levels.
-_ERROR_SHIFT = 4
+ERROR_SHIFT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class _Work:
     def __init__(self, sheet: Sheet, coefficients: np.ndarray, shift: int, bits: int, batch_inputs: int) -> None:
         rows, columns = tile_grid(*sheet.rotated.shape)
         self.size = outputs, inputs = sheet.rotated.shape
-        self.coefficients, self.batch_inputs, self.per_input = coefficients, batch_inputs, 0.5 ** (shift + _ERROR_SHIFT)
+        self.coefficients, self.batch_inputs, self.per_input = coefficients, batch_inputs, 0.5 ** (shift + ERROR_SHIFT)
         padded = rows * TILE_OUTPUTS, columns * TILE_INPUTS
         self.weights = np.zeros(padded)
         # The same product as in `to_fixed`, so that an empty sum leaves what plain rounding sees.
@@ -189,7 +189,7 @@ class _Band:
         sums *= work.per_input
         if self._across is not None:
             self._from_rows = (self._across @ work.errors[self._later, start:stop]) * work.per_output
-            sums += self._from_rows * 0.5**_ERROR_SHIFT
+            sums += self._from_rows * 0.5**ERROR_SHIFT
         wanted = work.weights[rows, start:stop] - sums
         self._clear_padding(wanted, column)
         return wanted
@@ -199,7 +199,7 @@ class _Band:
         work, rows, tile = self._work, self._rows, slice(column * TILE_INPUTS, (column + 1) * TILE_INPUTS)
         work.packed[self._first : self._first + self.tiles, column] = coded
         work.levels[rows, tile] = levels
-        errors = _whole((exact - work.weights[rows, tile]) * 2.0**_ERROR_SHIFT)
+        errors = _whole((exact - work.weights[rows, tile]) * 2.0**ERROR_SHIFT)
         self._clear_padding(errors, column)
         work.errors[rows, tile] = errors
         if self._across is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from septet.errors import ShapeError
 from septet.quantize import exact
 
-__all__ = ["HessianSum", "rotate_hessian", "shrink"]
+__all__ = ["HessianSum", "rotate_hessian"]
 
 _CHUNK_TOKENS = 2048
 
@@ -58,23 +58,6 @@ class HessianSum:
     def mean(self) -> np.ndarray:
         """The Hessian per token: float64 [K, K]; zeros when no token was added."""
         return self._sum / max(self.tokens, 1)
-
-
-def shrink(hessian: np.ndarray, tokens: int, common: np.ndarray, weight: float | None = None) -> np.ndarray:
-    """Pull the Hessian of an expert that saw few tokens towards the one of its layer.
-
-    Args:
-        hessian: float64 [K, K] per token, of the expert.
-        tokens: how many it saw.
-        common: float64 [K, K] per token, of all tokens of the layer.
-        weight: as how many tokens `common` counts; None is K, where a Hessian begins to have full rank.
-
-    Returns:
-        float64 [K, K], (tokens * hessian + weight * common) / (tokens + weight).
-    """
-    counted = float(len(hessian)) if weight is None else weight
-    share = tokens / (tokens + counted) if tokens + counted > 0 else 0.0
-    return share * hessian + (1 - share) * common
 
 
 def rotate_hessian(hessian: np.ndarray, input_scale: np.ndarray, block: int) -> np.ndarray:

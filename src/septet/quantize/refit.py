@@ -17,7 +17,7 @@ import numpy as np
 
 from septet.quantize import exact, rotation, scales
 
-__all__ = ["refit_output_scale"]
+__all__ = ["better_scales", "refit_output_scale"]
 
 
 def refit_output_scale(
@@ -45,14 +45,29 @@ def refit_output_scale(
         weighted = exact.product(rows, hessian)
         linear = scales.sum_rows(weighted * targets[start:stop])
         square = scales.sum_rows(weighted * rows)
-        old = scale[start:stop].astype(np.float64)
-        usable = (square > 0) & (linear * old > 0)
-        best = np.where(usable, linear / np.where(usable, square, 1), old)
-        rounded = scales.round_to_float16(best, name)
-        new = rounded.astype(np.float64)
-        better = usable & (new != 0) & (_loss(new, linear, square) < _loss(old, linear, square))
-        fitted[start:stop] = np.where(better, rounded, scale[start:stop])
+        fitted[start:stop] = better_scales(scale[start:stop], linear, square, name)
     return fitted
+
+
+def better_scales(scale: np.ndarray, linear: np.ndarray, square: np.ndarray, name: str) -> np.ndarray:
+    """The best scale of each row where it lowers the loss, else the old one.
+
+    Args:
+        scale: float16 [N], the scales so far.
+        linear: float64 [N], w H q of each row.
+        square: float64 [N], q H q.
+        name: the tensor, for messages.
+
+    Returns:
+        float16 [N].
+    """
+    old = scale.astype(np.float64)
+    usable = (square > 0) & (linear * old > 0)
+    best = np.where(usable, linear / np.where(usable, square, 1), old)
+    rounded = scales.round_to_float16(best, name)
+    new = rounded.astype(np.float64)
+    better = usable & (new != 0) & (_loss(new, linear, square) < _loss(old, linear, square))
+    return np.where(better, rounded, scale)
 
 
 def _loss(scale: np.ndarray, linear: np.ndarray, square: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ A sum decides bytes on disk, so it must not depend on vector width or threads: i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from septet.codes.trellis import WIDTHS
@@ -16,6 +18,7 @@ __all__ = [
     "FLOAT16_MAX",
     "check_finite",
     "column_norms",
+    "common_input_scale",
     "headroom",
     "ratio_of_norms",
     "round_to_float16",
@@ -38,7 +41,7 @@ _LARGEST_SCALE = 512.0
 #: Squared error of the trellis code against unit variance, roughly; only weighs it against clipping.
 _CODE_ERROR = 0.01
 #: Below this part of the energy clipping does not matter: a Gaussian loses 0.0004.
-_CLIPPING_IGNORED = 0.002
+CLIPPING_IGNORED = 0.002
 #: Columns smaller than this part of the typical one are scaled as if they had it.
 _SMALLEST_COLUMN = 1 / 64
 #: Outputs that matter less than this part of the mean are taken to matter as much.
@@ -145,14 +148,19 @@ def trellis_input_scale(weights: list[np.ndarray]) -> np.ndarray:
     Returns:
         float64 [K] with a mean square of about 1, at least 1/64; all 1 when every weight is 0.
     """
+    return common_input_scale([column_norms(weight) for weight in weights])
+
+
+def common_input_scale(norms: Sequence[np.ndarray]) -> np.ndarray:
+    """`trellis_input_scale` from the column norms of each tensor, float64 [K]."""
     energies = []
-    for weight in weights:
-        squares = column_norms(weight) ** 2
+    for norm in norms:
+        squares = norm**2
         mean = float(sum_columns(squares[:, None])[0]) / len(squares)
         if mean > 0:
             energies.append(squares / mean)
     if not energies:
-        return np.ones(weights[0].shape[1])
+        return np.ones(len(norms[0]))
     return np.maximum(np.sqrt(sum_columns(np.array(energies)) / len(energies)), _SMALLEST_COLUMN)
 
 
@@ -217,7 +225,7 @@ def headroom(rotated: np.ndarray, bits: int, output_block: int) -> np.ndarray:
     reach = max(WIDTHS[bits].table) / WIDTHS[bits].levels_per_sigma
     lost = _clipped_energy(rotated, reach, output_block)
     factors = np.ones(len(lost))
-    cut = np.flatnonzero(lost > _CLIPPING_IGNORED)
+    cut = np.flatnonzero(lost > CLIPPING_IGNORED)
     if len(cut):
         rows = rotated.reshape(-1, output_block, rotated.shape[1])[cut].reshape(-1, rotated.shape[1])
         least = _CODE_ERROR + lost[cut]

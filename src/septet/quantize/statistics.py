@@ -26,7 +26,7 @@ __all__ = ["GroupStatistics", "InputMetric", "corrected", "input_metric", "outpu
 #: How much of the drift is made up for. All of it would fit the weights to the calibration text (docs/log.md).
 DRIFT_SHARE = 0.25
 #: Sensitivities of outputs come from few tokens; half of each is taken to be the same for all outputs.
-_OUTPUT_DAMPINGS = (1.0, 3.0)
+OUTPUT_DAMPINGS = (1.0, 3.0)
 #: Outputs whose sensitivities are known together, at most.
 _MOST_OUTPUT_ROWS = 1024
 
@@ -139,4 +139,4 @@ def output_factor(sensitivity: np.ndarray, output_scale: np.ndarray, block: int)
     if len(sensitivity) <= TILE_OUTPUTS:
         return Factor(None)
     usable = drop_damaged(sensitivity.astype(np.float64))
-    return factorize(rotate_hessian(usable, output_scale, block), _OUTPUT_DAMPINGS, TILE_OUTPUTS)
+    return factorize(rotate_hessian(usable, output_scale, block), OUTPUT_DAMPINGS, TILE_OUTPUTS)

@@ -10,7 +10,7 @@ sensitivities of the outputs s_out follows them, and feedback goes along the out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from septet.quantize.refit import refit_output_scale
 from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_rows
 from septet.quantize.tensor import QuantizedTensor, RowSource, common_inputs
 
-__all__ = ["quantize_trellis"]
+__all__ = ["quantize_trellis", "row_scales"]
 
 #: With feedback a piece takes part in K/4 calls of the encoder; larger pieces keep all threads busy in each.
 _FEEDBACK_PIECE_WEIGHTS = 1 << 23
@@ -65,9 +65,12 @@ def quantize_trellis(
         statistics.check(inputs, [weight.shape[0] for weight in weights], names[0])
     input_block = rotation.choose_block([inputs], rotation_block)
     output_block = rotation.choose_block([weight.shape[0] for weight in weights], rotation_block)
-    importances = [_diagonals(matrix) for matrix in known] if known is not None else [None] * len(names)
     columns = _column_scale(weights, names)
-    magnitudes, columns, exponent = _row_scales(weights, columns, importances, output_block, bits_per_pair)
+
+    def row_norms(columns: np.ndarray | None) -> list[np.ndarray]:
+        return [scales.row_norms(weight, columns) for weight in weights]
+
+    magnitudes, columns, exponent = row_scales(row_norms, columns, known or [None] * len(names), output_block, bits_per_pair)
     input_scale = columns * rotation.random_signs(seed, f"{names[0]}/in", inputs)
     metric = input_metric(statistics, input_scale, input_block)
     basis = _Basis(input_scale, input_block, output_block, bits_per_pair, metric)
@@ -96,17 +99,31 @@ def _column_scale(weights: Sequence[RowSource], names: list[str]) -> np.ndarray:
     return scales.round_to_float16(scales.trellis_input_scale(weights), names[0]).astype(np.float32)
 
 
-def _row_scales(
-    weights: Sequence[RowSource], columns: np.ndarray, importances: Sequence[np.ndarray | None], output_block: int, bits: int
+def row_scales(
+    row_norms: Callable[[np.ndarray | None], list[np.ndarray]],
+    columns: np.ndarray,
+    sensitivities: Sequence[np.ndarray | None],
+    output_block: int,
+    bits: int,
 ) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """|s_out| for unit variance, float64 [N_i] each; |s_in|; and the exponent moved from s_out to s_in.
+    """Magnitudes of scales for unit variance.
 
     Weights so small or large that fp16 cannot hold s_out move a power of two to s_in; there is no room for column scales then.
+
+    Args:
+        row_norms: the root mean square of each tensor's rows, float64 [N_i], after dividing by column scales or by nothing.
+        columns: |s_in|, float32 [K].
+        sensitivities: of each tensor's outputs, float [blocks, B, B], or None.
+        output_block: Hadamard block along the outputs.
+        bits: bits per pair.
+
+    Returns:
+        |s_out|, float64 [N_i] each; |s_in|; and the exponent moved from s_out to s_in.
     """
+    importances = [None if matrix is None else _diagonals(matrix) for matrix in sensitivities]
 
     def magnitudes(columns: np.ndarray | None) -> list[np.ndarray]:
-        rows = [scales.row_norms(weight, columns) for weight in weights]
-        return [scales.trellis_output_scale(norms, output_block, importance) for norms, importance in zip(rows, importances)]
+        return [scales.trellis_output_scale(norms, output_block, importance) for norms, importance in zip(row_norms(columns), importances)]
 
     found, per_sigma = magnitudes(columns), trellis_code.WIDTHS[bits].levels_per_sigma
     exponent = scales.scale_exponent([magnitude / per_sigma for magnitude in found])

@@ -1,0 +1,365 @@
+// What the two AVX2 sets share: windows and levels, float products, the rotation, and the loops around a dot product.
+//
+// Included by avx2.cpp and avxvnni.cpp, each compiled with its own flags. A step is 16 pairs, 8 outputs, one per 32-bit lane. Eight outputs are 2*bits bytes:
+// one load brings them to both halves, vpshufb brings each lane its bytes, and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are
+// 4 vpshufb (see TrellisDecoder), the sign is the seventh index bit. A Dot says how four products are added to a lane.
+#pragma once
+#include <immintrin.h>
+
+#include "steps.h"
+#include "tables.h"
+
+namespace septet {
+namespace {
+
+constexpr int kSteps = 8;
+
+struct alignas(32) Bytes { uint8_t at[32]; };
+struct alignas(32) Words { uint32_t at[8]; };
+inline __m256i load(const Bytes& bytes) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at)); }
+inline __m256i load(const Words& words) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(words.at)); }
+template <class T> __m256i load_any(const T* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <class T> void store_any(T* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+// The four activations of a tile in every 32-bit lane.
+inline __m256i broadcast_four(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+// 16 bytes from byte `begin` of a tile on, without a look outside it: its last bytes are put together, around its end.
+template <int bits, int begin>
+__m128i tile_part(const uint8_t* tile) {
+    constexpr int size = tile_bytes(bits);
+    if constexpr (begin + 16 <= size) return load_half(tile + begin);
+    else return _mm_alignr_epi8(load_half(tile), load_half(tile + size - 16), begin + 16 - size);
+}
+
+// Where the four bytes of each lane come from. 8 bits: its two windows; else the bytes from where the first window of its output begins.
+template <int bits>
+constexpr Bytes output_bytes() {
+    Bytes index{};
+    for (int i = 0; i < 32; i++) {
+        const int half = bits == 8 ? 0 : bits * (i / 16);
+        index.at[i] = static_cast<uint8_t>(half + 2 * bits * (i / 4 % 4) / 8 + (bits == 8 ? (i % 4 + 1) / 2 : i % 4));
+    }
+    return index;
+}
+template <int bits>
+constexpr Words output_shifts() {
+    Words shift{};
+    for (int i = 0; i < 8; i++) shift.at[i] = static_cast<uint32_t>(2 * bits * (i % 4) % 8);
+    return shift;
+}
+
+template <int width>
+struct Windows {
+    static constexpr int bits = width;
+    static constexpr Bytes kBytes = output_bytes<bits>();
+    static constexpr Words kShifts = output_shifts<bits>();
+    const __m256i bytes = load(kBytes), shifts = load(kShifts);
+
+    // 16 windows as words.
+    template <int step>
+    __m256i cut(const uint8_t* tile) const {
+        const __m128i low = tile_part<bits, 2 * bits * step>(tile);
+        if constexpr (bits == 8) return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), tile_part<8, 16 * step + 8>(tile), 1), bytes);
+        const __m256i first = _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), bytes), shifts);
+        return _mm256_blend_epi16(first, _mm256_slli_epi32(first, 16 - bits), 0xAA);
+    }
+};
+
+// Magnitude i is the exclusive or of the first i / 16 + 1 of these tables, each at i % 16.
+struct Differences {
+    Bytes table[4];
+
+    constexpr explicit Differences(const TrellisTable& levels) : table{} {
+        for (int t = 0; t < 4; t++)
+            for (int i = 0; i < 32; i++)
+                table[t].at[i] = static_cast<uint8_t>(levels.levels[16 * t + i % 16] ^ (t == 0 ? 0 : levels.levels[16 * (t - 1) + i % 16]));
+    }
+};
+
+struct SignedBytes { __m256i magnitude, sign; };
+
+inline __m256i doubled_plus_one(__m256i v) {
+#if defined(__GFNI__)
+    return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(0x0001020408102040), 1);
+#else
+    return _mm256_or_si256(_mm256_add_epi8(v, v), _mm256_set1_epi8(1));
+#endif
+}
+
+constexpr bool is_odd_symmetric(const TrellisTable& table) {
+    for (int i = 0; i < 64; i++)
+        if (table.levels[64 + i] != -table.levels[i]) return false;
+    return true;
+}
+
+template <int width>
+struct TrellisDecoder : Windows<width> {
+    using Factors = SignedBytes;
+    static constexpr const TrellisTable& kTable = kTrellisTables[width - 6];
+    static_assert(is_odd_symmetric(kTable), "index bit 6 is the sign");
+    static constexpr Differences kDifferences{kTable};
+    const __m256i table[4] = {load(kDifferences.table[0]), load(kDifferences.table[1]), load(kDifferences.table[2]), load(kDifferences.table[3])};
+    const __m256i c_low = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier & 0xFFFF)), c_high = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier >> 16));
+    const __m256i index_mask = _mm256_set1_epi8(63), sixteen = _mm256_set1_epi8(16);
+
+    // Levels of 8 outputs each from steps first .. first + n - 1: magnitudes, and what vpsignb wants for a sign, index bit 6 on top and never 0.
+    // vpshufb looks at the low 4 bits of an index and gives 0 when bit 7 is set: table t joins in when index - 16*t is not negative.
+    // Steps go through each stage together, which hides how long one of them takes.
+    template <int first, int n>
+    void read(const uint8_t* tile, SignedBytes (&levels)[n]) const {
+        __m256i hash[n], index[n];
+        repeat<n>([&](auto i) {
+            const __m256i window = this->template cut<first + decltype(i)::value>(tile);
+            hash[i] = _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high));
+        });
+        repeat<n>([&](auto i) {
+            index[i] = _mm256_and_si256(hash[i], index_mask);
+            levels[i].sign = doubled_plus_one(hash[i]);
+        });
+        repeat<n>([&](auto i) { levels[i].magnitude = _mm256_shuffle_epi8(table[0], index[i]); });
+        for (int t = 1; t < 4; t++) {
+            repeat<n>([&](auto i) { index[i] = _mm256_sub_epi8(index[i], sixteen); });
+            repeat<n>([&](auto i) { levels[i].magnitude = _mm256_xor_si256(levels[i].magnitude, _mm256_shuffle_epi8(table[t], index[i])); });
+        }
+    }
+};
+
+// A Decoder makes Factors of some steps; weights() and inputs() make of each the unsigned and the signed operand of a Dot, decoded() what a buffer holds.
+// Fields are unsigned operands as they are.
+struct SplitDecoder : Windows<7> {
+    using Factors = __m256i;
+    const __m256i first_field = _mm256_set1_epi16(0x000F), second_field = _mm256_set1_epi16(0x0700);
+
+    template <int first, int n>
+    void read(const uint8_t* tile, __m256i (&fields)[n]) const {
+        repeat<n>([&](auto i) {
+            const __m256i window = cut<first + decltype(i)::value>(tile);
+            fields[i] = _mm256_or_si256(_mm256_and_si256(window, first_field), _mm256_and_si256(_mm256_slli_epi16(window, 4), second_field));
+        });
+    }
+    static __m256i weights(__m256i fields) { return fields; }
+    static __m256i inputs(__m256i, __m256i four) { return four; }
+    static __m256i decoded(__m256i fields) { return fields; }
+};
+
+constexpr int kGroup = 4;  // steps at once
+
+template <class Decoder>
+[[gnu::flatten]] void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
+    const Decoder decoder;
+    for (int64_t t = 0; t < tiles; t++, packed += tile_bytes(Decoder::bits), decoded += kTileWeights) {
+        prefetch_tile(packed);
+        repeat<kSteps / kGroup>([&](auto group) {
+            constexpr int first = decltype(group)::value * kGroup;
+            typename Decoder::Factors factors[kGroup];
+            decoder.template read<first>(packed, factors);
+            repeat<kGroup>([&](auto i) { store_any(decoded + 32 * (first + i), decoder.decoded(factors[i])); });
+        });
+    }
+}
+
+constexpr int kFusedRows = 2;
+
+// sums [rows][64] += the groups `begin` .. `end` - 1 of some tiles @ x.
+template <class Dot, int begin, int end, int rows, class Decoder>
+void add_tiles(const Decoder& decoder, const uint8_t* tile, int64_t tiles, const int8_t* input, int64_t stride, __m256i (&sum)[rows][kSteps]) {
+    for (int64_t t = 0; t < tiles; t++, tile += tile_bytes(Decoder::bits), input += kTileInputs) {
+        prefetch_tile(tile);
+        __m256i four[rows];
+        repeat<rows>([&](auto r) { four[r] = broadcast_four(input + r * stride); });
+        repeat<end - begin>([&](auto group) {
+            constexpr int first = (begin + decltype(group)::value) * kGroup;
+            typename Decoder::Factors factors[kGroup];
+            decoder.template read<first>(tile, factors);
+            repeat<rows>([&](auto r) {
+                __m256i inputs[kGroup];
+                repeat<kGroup>([&](auto i) { inputs[i] = decoder.inputs(factors[i], four[r]); });
+                repeat<kGroup>([&](auto i) { sum[r][first + i] = Dot::add(sum[r][first + i], decoder.weights(factors[i]), inputs[i]); });
+            });
+        });
+    }
+}
+
+// The sums of a tile fill half of the registers, so two rows take two passes, each over half of every tile.
+template <class Decoder, class Dot>
+[[gnu::flatten]] void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+    const Decoder decoder;
+    in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value, groups = kSteps / kGroup;
+        const int8_t* input = x.data + first * x.stride;
+        int32_t* y = sums + first * kTileOutputs;
+        __m256i sum[rows][kSteps];
+        repeat<rows, kSteps>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
+        add_tiles<Dot, 0, groups / rows, rows>(decoder, packed, tiles, input, x.stride, sum);
+        if constexpr (rows > 1) add_tiles<Dot, groups / rows, groups, rows>(decoder, packed, tiles, input, x.stride, sum);
+        repeat<rows, kSteps>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
+    });
+}
+
+// One token from the first segment to the last; levels are too large by Decoder::bias.
+template <class Decoder, class Dot>
+[[gnu::flatten]] void segment_product(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    const Decoder decoder;
+    repeat<kSteps>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_setzero_ps()); });
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        const __m256i excess = _mm256_set1_epi32(-Decoder::bias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        __m256i sum[1][kSteps];
+        repeat<kSteps>([&](auto q) { sum[0][q] = excess; });
+        add_tiles<Dot, 0, kSteps / kGroup, 1>(decoder, packed + first * tile_bytes(Decoder::bits), count, x.data + first * kTileInputs, 0, sum);
+        const __m256 scale = _mm256_set1_ps(x.scales[segment]);
+        repeat<kSteps>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_add_ps(_mm256_loadu_ps(y + 8 * q), _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[0][q])))); });
+    }
+}
+
+// Operands says how decoded weights and four activations become the operands of Dot.
+template <class Operands, class Dot>
+[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+    in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
+        for (int part = 0; part < rows; part++) {
+            const int8_t* input = x.data + first * x.stride;
+            const uint8_t* levels = decoded + part * registers * 32;
+            int32_t* y = sums + first * kTileOutputs + part * registers * 8;
+            __m256i sum[rows][registers];
+            Operands operands[rows];
+            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
+            for (int64_t t = 0; t < tiles; t++, levels += kTileWeights, input += kTileInputs) {
+                repeat<rows>([&](auto r) { operands[r].take(broadcast_four(input + r * x.stride)); });
+                repeat<registers>([&](auto q) {
+                    const __m256i level = load_any(levels + 32 * q);
+                    repeat<rows>([&](auto r) { sum[r][q] = Dot::add(sum[r][q], operands[r].first(level), operands[r].second(level)); });
+                });
+            }
+            repeat<rows, registers>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
+        }
+    });
+}
+
+inline int32_t sum_lanes(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+
+inline float sum_lanes(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_permute_ps(half, 0x4E));
+    return _mm_cvtss_f32(_mm_add_ps(half, _mm_permute_ps(half, 0xB1)));
+}
+
+// Blocks of rows of weights times blocks of rows of activations: body(row_count, tokens, row, token), the counts as constants.
+template <class Body>
+void for_blocks(int64_t rows, int64_t tokens, const Body& body) {
+    in_blocks<4>(rows, [&](auto row_count, int64_t row) { in_blocks<2>(tokens, [&](auto token_count, int64_t token) { body(row_count, token_count, row, token); }); });
+}
+
+// Rows of int8 against rows of int8. Row says how Row::inputs bytes at a time are loaded and multiplied; what its products have too much is summed up beside them.
+template <class Row>
+[[gnu::flatten]] void row_product_with(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
+    const int64_t whole = features / Row::inputs * Row::inputs;
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m256i sum[row_count][tokens], excess[tokens], input[tokens];
+        repeat<tokens>([&](auto m) { excess[m] = _mm256_setzero_si256(); });
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_si256(); });
+        for (int64_t k = 0; k < whole; k += Row::inputs) {
+            repeat<tokens>([&](auto m) {
+                input[m] = Row::activations(x.data + (token + m) * x.stride + k);
+                excess[m] = Row::add_excess(excess[m], input[m]);
+            });
+            repeat<row_count>([&](auto r) {
+                const int8_t* at = weight + (row + r) * features + k;
+                prefetch_ahead(at);
+                const __m256i w = Row::weights(at);
+                repeat<tokens>([&](auto m) { sum[r][m] = Row::add_product(sum[r][m], w, input[m]); });
+            });
+        }
+        repeat<row_count, tokens>([&](auto r, auto m) {
+            int32_t total = sum_lanes(_mm256_sub_epi32(sum[r][m], excess[m]));
+            for (int64_t k = whole; k < features; k++) total += weight[(row + r) * features + k] * x.data[(token + m) * x.stride + k];
+            sums[(token + m) * rows + row + r] = total;
+        });
+    });
+}
+
+[[gnu::flatten]] void float_row_product(const int8_t* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
+    const int64_t whole = features / 8 * 8;
+    for_blocks(rows, x.count, [&](auto row_block, auto token_block, int64_t row, int64_t token) {
+        constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
+        __m256 sum[row_count][tokens], input[tokens];
+        repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = _mm256_setzero_ps(); });
+        for (int64_t k = 0; k < whole; k += 8) {
+            repeat<tokens>([&](auto m) { input[m] = _mm256_loadu_ps(x.data + (token + m) * x.stride + k); });
+            repeat<row_count>([&](auto r) {
+                const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight + (row + r) * features + k));
+                const __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                repeat<tokens>([&](auto m) { sum[r][m] = _mm256_fmadd_ps(w, input[m], sum[r][m]); });
+            });
+        }
+        repeat<row_count, tokens>([&](auto r, auto m) {
+            float total = sum_lanes(sum[r][m]);
+            for (int64_t k = whole; k < features; k++) total += static_cast<float>(weight[(row + r) * features + k]) * x.data[(token + m) * x.stride + k];
+            sums[(token + m) * rows + row + r] = total;
+        });
+    });
+}
+
+void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* zero, float* values) {
+    const __m256i add = _mm256_set1_epi8(static_cast<char>(shift)), low = _mm256_set1_epi32(255);
+    const __m256i zeros[2] = {_mm256_set1_epi32(zero[0]), _mm256_set1_epi32(zero[1])};
+    for (int64_t tile = 0; tile < tiles; tile++, decoded += kTileWeights, values += kTileWeights)
+        for (int eighth = 0; eighth < 8; eighth++) {
+            const __m256i bytes = _mm256_add_epi8(load_any(decoded + 32 * eighth), add);
+            for (int i = 0; i < kTileInputs; i++) {
+                const __m256i value = _mm256_and_si256(_mm256_srli_epi32(bytes, 8 * i), low);
+                _mm256_storeu_ps(values + i * kTileOutputs + 8 * eighth, _mm256_cvtepi32_ps(_mm256_sub_epi32(value, zeros[i & 1])));
+            }
+        }
+}
+
+[[gnu::flatten]] void float_product(const float* values, int64_t inputs, FloatRows x, float* sums) {
+    in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
+        for (int part = 0; part < rows; part++) {
+            const float* input = x.data + first * x.stride;
+            const float* column = values + part * registers * 8;
+            float* y = sums + first * kTileOutputs + part * registers * 8;
+            __m256 sum[rows][registers];
+            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = _mm256_loadu_ps(y + r * kTileOutputs + 8 * q); });
+            for (int64_t k = 0; k < inputs; k++, column += kTileOutputs, input++)
+                repeat<registers>([&](auto q) {
+                    const __m256 value = _mm256_loadu_ps(column + 8 * q);
+                    repeat<rows>([&](auto r) { sum[r][q] = _mm256_fmadd_ps(_mm256_set1_ps(input[r * x.stride]), value, sum[r][q]); });
+                });
+            repeat<rows, registers>([&](auto r, auto q) { _mm256_storeu_ps(y + r * kTileOutputs + 8 * q, sum[r][q]); });
+        }
+    });
+}
+
+// One stage of the rotation inside a register: a lane and its partner become their sum and difference.
+template <int upper>
+__m256 butterfly(__m256 v, __m256 partner) {
+    return _mm256_blend_ps(_mm256_add_ps(v, partner), _mm256_sub_ps(partner, v), upper);
+}
+
+void hadamard(float* x, int64_t count, int64_t block) {
+    if (block < 8) return hadamard_from(x, count, block, 1);
+    for (int64_t i = 0; i < count; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        v = butterfly<0xAA>(v, _mm256_permute_ps(v, 0xB1));
+        v = butterfly<0xCC>(v, _mm256_permute_ps(v, 0x4E));
+        v = butterfly<0xF0>(v, _mm256_permute2f128_ps(v, v, 0x01));
+        _mm256_storeu_ps(x + i, v);
+    }
+    hadamard_from(x, count, block, 8);
+}
+
+}  // namespace
+}  // namespace septet

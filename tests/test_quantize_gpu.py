@@ -1,0 +1,212 @@
+"""Quantizing on a GPU: without statistics the bytes of the processor, with statistics its quality; every part but the kernels runs here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+
+from septet import quantize_gpu  # noqa: E402
+from septet.codes import trellis  # noqa: E402
+from septet.errors import OptionError  # noqa: E402
+from septet.kernels import select_backend  # noqa: E402
+from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
+from septet.quantize.factorization import Factor, factorize  # noqa: E402
+from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
+from septet.quantize.statistics import output_rows  # noqa: E402
+from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
+
+NAMES = ["block.q", "block.k"]
+
+
+def encoder(fixed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The processor's encoder in place of the kernel."""
+    symbols = select_backend().trellis_encode(fixed.numpy(), bits, 0)
+    return torch.from_numpy(trellis.windows_of_symbols(symbols, bits).astype(np.int32))
+
+
+def settings(bits: int = 7) -> quantize_gpu.Settings:
+    return quantize_gpu.Settings(bits, 64, 5, "cpu", encoder)
+
+
+def correlated(size: int, seed: int) -> np.ndarray:
+    """A Hessian, float64 [size, size], of fewer samples than a full rank needs."""
+    rows = np.random.default_rng(seed).standard_normal((size // 2 + 1, size)) * np.linspace(0.2, 3, size)
+    rows[:, 1:] += 0.7 * rows[:, :-1]
+    return rows.T @ rows / len(rows)
+
+
+def known_of(inputs: int, outputs: list[int]) -> GroupStatistics:
+    rows = [output_rows(count) for count in outputs]
+    sides = tuple(
+        np.stack([correlated(row, 10 + block) for block in range(count // row)]).astype(np.float32) for count, row in zip(outputs, rows)
+    )
+    return GroupStatistics(correlated(inputs, 1), 0.05 * correlated(inputs, 2), sides)
+
+
+def weights_of(inputs: int, outputs: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal((count, inputs)).astype(np.float32) * 0.02 for count in outputs]
+
+
+def assert_same(made: QuantizedTensor, expected: QuantizedTensor) -> None:
+    for name, array in expected.tensors().items():
+        assert np.array_equal(made.tensors()[name].view(np.uint8), array.view(np.uint8)), name
+    assert made.config() == expected.config()
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])
+def test_without_statistics_the_bytes_are_the_processors(inputs: int, outputs: list[int], bits: int) -> None:
+    weights = weights_of(inputs, outputs)
+    weights[0][3] = 0
+    weights[0][5, 7] = 4.0
+    names = NAMES[: len(outputs)]
+    made = quantize_gpu.quantize_trellis(weights, names, settings(bits))
+    for one, expected in zip(made, quantize_trellis(weights, names, bits, 64, 5)):
+        assert_same(one, expected)
+        assert np.array_equal(quantize_gpu.dequantize(one, "cpu").numpy(), dequantize(expected))
+
+
+def test_feedback_with_the_same_factors_gives_the_same_bytes() -> None:
+    """Rows that know each other, rows that do not, sizes that fill no tile, and more columns than one batch."""
+    inputs, rng = 4 * feedback.BATCH_STEPS + 10, np.random.default_rng(4)
+    counts, knows = [200, 64, 100, 200], [True, False, False, True]
+    rotated = [rng.standard_normal((count, inputs)).astype(np.float32) for count in counts]
+    factor = factorize(correlated(inputs, 5))
+    others = [factorize(correlated(count, 6), (1.0,), 64) if known else Factor(None) for count, known in zip(counts, knows)]
+    expected = encode_sheets([Sheet(*pair) for pair in zip(rotated, others)], factor, 7)
+
+    def there(known: Factor) -> linear_algebra.Factor | None:
+        return None if known.coefficients is None else linear_algebra.Factor(torch.from_numpy(known.coefficients), known.shift)
+
+    sheets = [feedback.Sheet(torch.from_numpy(rows), there(known)) for rows, known in zip(rotated, others)]
+    for (packed, levels), (wanted, wanted_levels) in zip(feedback.encode_sheets(sheets, there(factor), 7, encoder), expected):
+        assert np.array_equal(packed.numpy(), wanted)
+        assert np.array_equal(levels.numpy(), wanted_levels)
+
+
+def test_factors_are_those_of_the_processor_up_to_rounding() -> None:
+    hessian = correlated(70, 7)
+    known = factorize(hessian)
+    made = linear_algebra.input_metric(GroupStatistics(hessian), torch.ones(70), 1)
+    assert made.factor.shift == known.shift
+    assert np.abs(made.factor.coefficients.numpy() - known.coefficients).max() <= 2.0 ** (known.shift - 30)
+
+
+def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupStatistics) -> float:
+    errors = [weight - dequantize(one) for weight, one in zip(weights, made)]
+    return sum(float(np.einsum("nk,kl,nl->", error, known.inputs, error)) for error in errors)
+
+
+def test_with_statistics_the_loss_is_the_processors() -> None:
+    inputs, outputs = 132, [192, 64]
+    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
+    made = quantize_gpu.quantize_trellis(weights, NAMES, settings(), known)
+    expected = quantize_trellis(weights, NAMES, 7, 64, 5, statistics=known)
+    assert loss(weights, made, known) == pytest.approx(loss(weights, expected, known), rel=0.02)
+    assert np.mean(made[0].packed == expected[0].packed) > 0.5
+    assert [one.config().keys() for one in made] == [one.config().keys() for one in expected]
+
+
+def test_statistics_that_say_nothing_mean_plain_rounding() -> None:
+    weights = weights_of(64, [64])
+    nothing = GroupStatistics(np.full((64, 64), np.nan))
+    assert_same(quantize_gpu.quantize_trellis(weights, ["w"], settings(), nothing)[0], quantize_trellis(weights, ["w"], 7, 64, 5)[0])
+
+
+KERNEL_CHECK = """
+import numpy as np, torch
+from septet.codes import trellis
+from septet.quantize_gpu import kernels
+device, rng = "{device}", np.random.default_rng(8)
+for bits in {widths}:
+    fixed = rng.integers(-1020, 1021, ({tiles}, 256)).astype(np.int16)
+    fixed[0, :128] = 0
+    made = kernels.encode(torch.from_numpy(fixed).to(device), bits).cpu().numpy()
+    assert np.array_equal(made, trellis.windows_of_symbols(trellis.encode(fixed, bits), bits)), bits
+values = rng.standard_normal((37, 70))
+total = kernels.sum_columns(torch.from_numpy(values).to(device)).cpu().numpy()
+assert np.array_equal(total, np.add.accumulate(values, axis=0)[-1])
+print("equal")
+"""
+
+
+def check_kernels(device: str, widths: tuple[int, ...], tiles: int, **variables: str) -> None:
+    """The kernels against the definitions, in a process of their own, since Triton reads its variables when it is imported."""
+    code = KERNEL_CHECK.format(device=device, widths=widths, tiles=tiles)
+    path = str(Path(quantize_gpu.__file__).parents[2])
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_kernels_in_the_interpreter_are_exact() -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA; torch for processors has none")
+    check_kernels("cpu", (7,), 1, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_on_a_gpu_are_exact() -> None:
+    check_kernels("cuda", (6, 7, 8), 150)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
+    weights = weights_of(576, [576, 192])
+    weights[0][5, 7] = 4.0
+    for one, expected in zip(quantize_gpu.quantize_trellis(weights, NAMES, quantize_gpu.Settings()), quantize_trellis(weights, NAMES)):
+        assert_same(one, expected)
+        assert np.array_equal(quantize_gpu.dequantize(one, "cuda").cpu().numpy(), dequantize(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_with_statistics_loses_what_the_processor_loses() -> None:
+    inputs, outputs = 576, [576, 192]
+    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
+    made, again = (quantize_gpu.quantize_trellis(weights, NAMES, quantize_gpu.Settings(), known) for _ in range(2))
+    assert loss(weights, made, known) == pytest.approx(loss(weights, quantize_trellis(weights, NAMES, statistics=known), known), rel=0.02)
+    for one, other in zip(made, again):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    from septet.cli.device import check_device
+
+    with pytest.raises(OptionError, match=r"device must be cpu, cuda or cuda:N"):
+        check_device(device)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    from septet.cli.device import check_device, quantizer_on
+
+    check_device("cpu")
+    assert quantizer_on("cpu") is None
+    with pytest.raises(OptionError, match="GPU that torch can use"):
+        check_device("cuda:4711")
+
+
+@pytest.mark.parametrize("effort", [0, 2])
+def test_a_checkpoint_comes_out_as_on_the_processor(
+    effort: int, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way of a GPU on the processor: without calibration all bytes are the same, with it the same layers are stored."""
+    from checkpoints import contents
+    from septet.checkpoint import QuantizeOptions
+    from septet.cli.quantize import quantize_with_bar
+
+    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda: encoder)
+    options = QuantizeOptions(effort=effort, calibration="self" if effort else "none", calibration_tokens=600 if effort else 0)
+    for out, device in (("here", "cpu"), ("there", "cpu:0")):
+        assert quantize_with_bar(str(tiny_model_dir), tmp_path / out, options, calibration="self", device=device)
+    here, there = contents(tmp_path / "here"), contents(tmp_path / "there")
+    assert here.keys() == there.keys()
+    assert (here == there) == (effort == 0)
+    sizes = {name: len(content) for name, content in here.items() if name.endswith(".safetensors")}
+    assert sizes == {name: len(there[name]) for name in sizes}
