@@ -15,7 +15,7 @@ help:
 	@echo "make demo      quantize SmolLM2-135M to 3.5 bits, measure what it cost, ask it a question"
 	@echo "make test      lint, import contract, all tests on every backend, the oldest transformers"
 	@echo "make lint      style and import contract only"
-	@echo "make generate  write the generated files again: native tables, the tree in ARCHITECTURE.md, docs/quality.md"
+	@echo "make generate  write the generated files again: native tables, the tree in ARCHITECTURE.md, docs/quality.md and docs/performance.md"
 	@echo "make mlir      Fortran through MLIR, level by level, and the figures of docs/mlir.md"
 	@echo "make setup     install everything into .venv, without running anything"
 	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
@@ -51,6 +51,7 @@ generate: setup
 	$(BIN)/python tools/generate_tables.py
 	$(BIN)/python tools/draw_tree.py
 	$(BIN)/python tools/draw_quality.py
+	$(BIN)/python tools/draw_performance.py
 
 clean:
 	rm -rf build dist demo demo.partial .pytest_cache .ruff_cache .hypothesis .import_linter_cache .venv/septet-sources.sha256

@@ -183,8 +183,8 @@ SEPTET_API int septet_linear(const septet_layer* layer, const float* x, int64_t 
 /* A decoder of the Llama family: per layer x = x + O(attention(norm(x))), x = x + down(silu(gate(norm(x))) * up(norm(x))), with
  * rotary positions (halves of a head paired), grouped-query attention over a cache, and biases and head norms where they are set.
  * Create it, set every weight and vector, then run. An engine copies what it is given, serves one caller at a time (others
- * wait) and has one text in its cache. Logits do not depend on `threads` nor on how a text is cut into calls; with int8
- * activations not on the instruction set either. */
+ * wait) and keeps texts, numbered 0 .. 4095 and empty at first, in caches of their own. Logits do not depend on `threads`, nor on
+ * how a text is cut into calls, nor on what other texts do; with int8 activations not on the instruction set either. */
 typedef struct septet_engine septet_engine;
 
 typedef struct septet_model_shape {
@@ -192,7 +192,7 @@ typedef struct septet_model_shape {
     int64_t context;   /* most tokens of a text, at most 2^24; memory is taken as it fills */
     float epsilon;     /* of the norms, above 0 */
     int activations;   /* enum septet_activation_kind */
-    int cache;         /* SEPTET_FLOAT32 or SEPTET_FLOAT16: how keys and values are kept */
+    int cache;         /* how keys and values are kept: SEPTET_FLOAT32, SEPTET_FLOAT16, or SEPTET_INT8 with a scale for each vector */
 } septet_model_shape;
 
 /* SIZE: a size is below 1 or too large, head_dim odd or above 256, heads no multiple of kv_heads, epsilon not positive. */
@@ -225,13 +225,18 @@ SEPTET_API int septet_engine_set_vector(septet_engine* engine, int slot, int64_t
 /* This layer sees the last `window` positions only, itself included; 0: all. */
 SEPTET_API int septet_engine_set_window(septet_engine* engine, int64_t layer, int64_t window);
 
-/* Append `count` tokens to the text and write the logits that follow the last `wanted` of them: float32 [wanted, vocabulary],
- * 0 <= wanted <= count. After an error the text is as before. INCOMPLETE, TOKEN, CONTEXT, MEMORY; SIZE for a bad count. */
-SEPTET_API int septet_engine_run(septet_engine* engine, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads);
-/* Keep the first `length` tokens of the text; SIZE when it is shorter. 0 starts a new text. */
-SEPTET_API int septet_engine_truncate(septet_engine* engine, int64_t length);
-SEPTET_API int septet_engine_length(septet_engine* engine, int64_t* length);
-/* Bytes of weights and of the cache at its present size. */
+/* Append `count` tokens to a text and write the logits that follow the last `wanted` of them: float32 [wanted, vocabulary],
+ * 0 <= wanted <= count. After an error the text is as before. INCOMPLETE, TOKEN, CONTEXT, MEMORY; SIZE for a bad count or text. */
+SEPTET_API int septet_engine_run(septet_engine* engine, int64_t text, const int32_t* tokens, int64_t count, int64_t wanted,
+                                 float* logits, int threads);
+/* Append one token to each of `count` different texts that were used before, weights being read once for all of them; logits:
+ * float32 [count, vocabulary]. Errors as septet_engine_run. */
+SEPTET_API int septet_engine_step(septet_engine* engine, const int64_t* texts, const int32_t* tokens, int64_t count, float* logits,
+                                  int threads);
+/* Keep the first `length` tokens of a text; SIZE when it is shorter. 0 starts a new one. */
+SEPTET_API int septet_engine_truncate(septet_engine* engine, int64_t text, int64_t length);
+SEPTET_API int septet_engine_length(septet_engine* engine, int64_t text, int64_t* length);
+/* Bytes of weights and of the caches at their present size. */
 SEPTET_API int septet_engine_memory(septet_engine* engine, int64_t* weights, int64_t* cache);
 
 #ifdef __cplusplus

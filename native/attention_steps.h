@@ -171,20 +171,48 @@ inline void add_values(const char* values, const float* weights, const float* fa
     });
 }
 
+// A block of keys and values of a kInt8 page as floats, laid out like a page of kFloat32 that begins with it.
+struct FloatBlock {
+    alignas(64) float keys[kMaxHeadDim * kKeyBlock], values[kKeyBlock * kMaxHeadDim];
+
+    // Not inlined: once per set is enough.
+    [[gnu::noinline]] void widen(const Attention& a, const char* page, int64_t first) {
+        const int64_t width = padded_dim(a.dim);
+        const int8_t* key = reinterpret_cast<const int8_t*>(page + a.keys) + first * a.dim;
+        const int8_t* value = reinterpret_cast<const int8_t*>(page + a.values) + first * width;
+        float scales[2][kKeyBlock];
+        for (int64_t i = 0; i < 2; i++) std::memcpy(scales[i], page + a.scales + (i * kPagePositions + first) * static_cast<int64_t>(sizeof(float)), sizeof scales[i]);
+        for (int64_t d = 0; d < a.dim; d++)
+            for (int64_t i = 0; i < kKeyBlock; i++) keys[d * kKeyBlock + i] = static_cast<float>(key[d * kKeyBlock + i]) * scales[0][i];
+        for (int64_t i = 0; i < kKeyBlock; i++)
+            for (int64_t d = 0; d < width; d++) values[i * width + d] = static_cast<float>(value[i * width + d]) * scales[1][i];
+    }
+};
+
+// kFloat32 is for kInt8 too, a block at a time.
 template <int type>
 [[gnu::flatten]] void attend(const Attention& a) {
+    FloatBlock block;
     in_blocks<4>(a.rows, [&](auto row_count, int64_t first_row) {
         constexpr int rows = decltype(row_count)::value;
         alignas(64) float scores[rows * kPagePositions], sums[rows * kMaxHeadDim] = {};
         float maximum[rows], total[rows] = {}, factors[rows];
         for (float& m : maximum) m = -std::numeric_limits<float>::infinity();
         const float* queries = a.queries + first_row * a.dim;
-        for (int64_t page = a.first / kPagePositions; page <= a.last / kPagePositions; page++) {
-            const int64_t start = page * kPagePositions, begin = a.first > start ? a.first - start : 0;
-            const int64_t end = a.last - start < kPagePositions ? a.last - start + 1 : kPagePositions;
-            score_page<type, rows>(a.pages[page] + a.keys, queries, a.dim, begin, end, scores);
+        const int64_t piece = a.scales == 0 ? kPagePositions : kKeyBlock;
+        for (int64_t start = a.first / piece * piece; start <= a.last; start += piece) {
+            const int64_t begin = a.first > start ? a.first - start : 0, end = a.last - start < piece ? a.last - start + 1 : piece;
+            const char* page = a.pages[start / kPagePositions];
+            const char* keys = page + a.keys;
+            const char* values = page + a.values;
+            if (type == kFloat32 && a.scales != 0) {
+                block.widen(a, page, start % kPagePositions);
+                keys = reinterpret_cast<const char*>(block.keys);
+                values = reinterpret_cast<const char*>(block.values);
+            }
+            score_page<type, rows>(keys, queries, a.dim, begin, end, scores);
             for (int r = 0; r < rows; r++) factors[r] = soften_page(scores + r * kPagePositions, Blocks(begin, end), maximum[r], total[r]);
-            add_values<type, rows>(a.pages[page] + a.values, scores, factors, a.dim, begin, end, sums);
+            add_values<type, rows>(values, scores, factors, a.dim, begin, end, sums);
         }
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < a.dim; d++) a.out[(first_row + r) * a.dim + d] = sums[r * padded_dim(a.dim) + d] / total[r];

@@ -7,7 +7,7 @@ using namespace septet;
 
 namespace {
 
-constexpr int64_t kMaxLayers = 1 << 12, kMaxContext = 1 << 24, kMaxVocabulary = 1 << 28;
+constexpr int64_t kMaxLayers = 1 << 12, kMaxContext = 1 << 24, kMaxVocabulary = 1 << 28, kMaxTexts = 1 << 12;
 
 bool within(int64_t value, int64_t most) { return value >= 1 && value <= most; }
 
@@ -17,7 +17,7 @@ int check_shape(const septet_model_shape& s) {
     if (!sizes || s.head_dim % 2 != 0 || s.heads % s.kv_heads != 0 || s.heads * s.head_dim > kMaxInputs) return SEPTET_ERROR_SIZE;
     if (!(s.epsilon > 0) || !std::isfinite(s.epsilon)) return SEPTET_ERROR_SIZE;
     if (s.activations != SEPTET_ACTIVATIONS_INT8 && s.activations != SEPTET_ACTIVATIONS_FLOAT) return SEPTET_ERROR_CODE;
-    return s.cache == SEPTET_FLOAT32 || s.cache == SEPTET_FLOAT16 ? SEPTET_OK : SEPTET_ERROR_CODE;
+    return s.cache == SEPTET_FLOAT32 || s.cache == SEPTET_FLOAT16 || s.cache == SEPTET_INT8 ? SEPTET_OK : SEPTET_ERROR_CODE;
 }
 
 // Runs body() alone in an engine; a failed allocation becomes an error number.
@@ -82,9 +82,18 @@ Vector find_vector(Model& model, int slot, int64_t layer) {
     }
 }
 
+// Runs body(text) with a text of the engine; one that nobody used before is empty.
+template <class Body>
+int with_text(septet_engine* engine, int64_t text, const Body& body) {
+    return with_model(engine, [&](Model& model) -> int {
+        if (text < 0 || text >= kMaxTexts) return SEPTET_ERROR_SIZE;
+        while (static_cast<int64_t>(model.texts.size()) <= text) model.texts.emplace_back(model.shape);
+        return body(model, model.texts[static_cast<size_t>(text)]);
+    });
+}
+
 int check_tokens(const Model& model, const int32_t* tokens, int64_t count) {
     if (!model.is_complete()) return SEPTET_ERROR_INCOMPLETE;
-    if (count > model.shape.context - model.length) return SEPTET_ERROR_CONTEXT;
     for (int64_t i = 0; i < count; i++)
         if (tokens[i] < 0 || tokens[i] >= model.shape.vocabulary) return SEPTET_ERROR_TOKEN;
     return SEPTET_OK;
@@ -101,7 +110,6 @@ int septet_engine_create(const septet_model_shape* shape, septet_engine** engine
         std::unique_ptr<septet_engine> made(new septet_engine);
         made->model.shape = *shape;
         made->model.blocks.resize(static_cast<size_t>(shape->layers));
-        made->model.cache.configure(*shape);
         *engine = made.release();
     } catch (const std::bad_alloc&) {
         return SEPTET_ERROR_MEMORY;
@@ -147,31 +155,52 @@ int septet_engine_set_window(septet_engine* engine, int64_t layer, int64_t windo
     });
 }
 
-int septet_engine_run(septet_engine* engine, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads) {
-    return with_model(engine, [&](Model& model) -> int {
+int septet_engine_run(septet_engine* engine, int64_t text, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads) {
+    return with_text(engine, text, [&](Model& model, Text& found) -> int {
         if (count < 0 || wanted < 0 || wanted > count) return SEPTET_ERROR_SIZE;
         if ((count > 0 && tokens == nullptr) || (wanted > 0 && logits == nullptr)) return SEPTET_ERROR_NULL;
         if (const int error = check_tokens(model, tokens, count)) return error;
+        if (count > model.shape.context - found.length) return SEPTET_ERROR_CONTEXT;
         return with_kernels(threads, [&](const KernelTable& kernels, int workers) -> int {
-            append_tokens(kernels, model, tokens, count, wanted, logits, workers);
+            append_tokens(kernels, model, found, tokens, count, wanted, logits, workers);
             return SEPTET_OK;
         });
     });
 }
 
-int septet_engine_truncate(septet_engine* engine, int64_t length) {
+int septet_engine_step(septet_engine* engine, const int64_t* texts, const int32_t* tokens, int64_t count, float* logits, int threads) {
     return with_model(engine, [&](Model& model) -> int {
-        if (length < 0 || length > model.length) return SEPTET_ERROR_SIZE;
-        model.length = length;
-        model.cache.shrink(length);
+        if (count < 0 || count > kMaxTexts) return SEPTET_ERROR_SIZE;
+        if (count > 0 && (texts == nullptr || tokens == nullptr || logits == nullptr)) return SEPTET_ERROR_NULL;
+        if (const int error = check_tokens(model, tokens, count)) return error;
+        std::vector<Text*> chosen;
+        std::vector<bool> taken(model.texts.size());
+        for (int64_t i = 0; i < count; i++) {
+            if (texts[i] < 0 || texts[i] >= static_cast<int64_t>(taken.size()) || taken[static_cast<size_t>(texts[i])]) return SEPTET_ERROR_SIZE;
+            taken[static_cast<size_t>(texts[i])] = true;
+            chosen.push_back(&model.texts[static_cast<size_t>(texts[i])]);
+            if (chosen.back()->length >= model.shape.context) return SEPTET_ERROR_CONTEXT;
+        }
+        return with_kernels(threads, [&](const KernelTable& kernels, int workers) -> int {
+            append_to_each(kernels, model, chosen.data(), tokens, count, logits, workers);
+            return SEPTET_OK;
+        });
+    });
+}
+
+int septet_engine_truncate(septet_engine* engine, int64_t text, int64_t length) {
+    return with_text(engine, text, [&](Model&, Text& found) -> int {
+        if (length < 0 || length > found.length) return SEPTET_ERROR_SIZE;
+        found.length = length;
+        found.cache.shrink(length);
         return SEPTET_OK;
     });
 }
 
-int septet_engine_length(septet_engine* engine, int64_t* length) {
-    return with_model(engine, [&](Model& model) -> int {
+int septet_engine_length(septet_engine* engine, int64_t text, int64_t* length) {
+    return with_text(engine, text, [&](Model&, Text& found) -> int {
         if (length == nullptr) return SEPTET_ERROR_NULL;
-        *length = model.length;
+        *length = found.length;
         return SEPTET_OK;
     });
 }
@@ -180,7 +209,8 @@ int septet_engine_memory(septet_engine* engine, int64_t* weights, int64_t* cache
     return with_model(engine, [&](Model& model) -> int {
         if (weights == nullptr || cache == nullptr) return SEPTET_ERROR_NULL;
         *weights = model.arena.used();
-        *cache = model.cache.bytes();
+        *cache = 0;
+        for (const Text& text : model.texts) *cache += text.cache.bytes();
         return SEPTET_OK;
     });
 }

@@ -2,6 +2,7 @@
 //
 // Weights are copied once, the products of one input side by side, in the order of use and into huge pages where the system gives them.
 #pragma once
+#include <deque>
 #include <mutex>
 #include <vector>
 
@@ -63,21 +64,32 @@ struct Block {
 // Keys and values of all layers, a page of positions at a time.
 class Cache {
 public:
-    void configure(const septet_model_shape& shape);
+    explicit Cache(const septet_model_shape& shape);
+    Cache(const Cache&) = delete;
+    Cache& operator=(const Cache&) = delete;
     void grow(int64_t positions);  // throws std::bad_alloc
     void shrink(int64_t positions);
     const char* const* pages() const { return pages_.data(); }
     int64_t keys(int64_t layer, int64_t head) const { return (layer * heads_ + head) * head_bytes_; }
     int64_t values(int64_t layer, int64_t head) const { return keys(layer, head) + kPagePositions * dim_ * float_bytes(type); }
+    // Of kInt8: scales of the keys, then of the values; else 0.
+    int64_t scales(int64_t layer, int64_t head) const { return type == kInt8 ? values(layer, head) + kPagePositions * padded_dim(dim_) : 0; }
     int64_t bytes() const { return static_cast<int64_t>(pages_.size()) * page_bytes_; }
     void write(const KernelTable& kernels, int64_t layer, int64_t head, int64_t position, const float* key, const float* value);
     ~Cache() { shrink(0); }
 
-    int type = kFloat16;
+    const int type;
 
 private:
     std::vector<char*> pages_;
-    int64_t heads_ = 0, dim_ = 0, head_bytes_ = 0, page_bytes_ = 0;
+    const int64_t heads_, dim_, head_bytes_, page_bytes_;
+};
+
+// One of the texts of an engine.
+struct Text {
+    explicit Text(const septet_model_shape& shape) : cache(shape) {}
+    Cache cache;
+    int64_t length = 0;
 };
 
 struct Model;
@@ -96,10 +108,9 @@ struct Model {
     Slot embedding, head;
     std::vector<float> frequencies, final_norm;
     std::vector<Block> blocks;
-    Cache cache;
+    std::deque<Text> texts;
     Workspace work;
     std::mutex mutex;
-    int64_t length = 0;
 
     const Slot& output() const { return head.is_set() ? head : embedding; }
     bool is_complete() const;
@@ -112,7 +123,9 @@ struct Model {
 };
 
 // Appends checked tokens and writes the logits after the last `wanted`; throws std::bad_alloc, and then nothing is appended.
-void append_tokens(const KernelTable& kernels, Model& model, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads);
+void append_tokens(const KernelTable& kernels, Model& model, Text& text, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads);
+// The same for one token of each of `count` different texts, and the logits after all of them.
+void append_to_each(const KernelTable& kernels, Model& model, Text* const* texts, const int32_t* tokens, int64_t count, float* logits, int threads);
 
 }  // namespace septet
 

@@ -12,10 +12,14 @@ namespace {
 
 constexpr int64_t kTokensAtOnce = 128;  // bounds the workspace; products decode weights once for as many
 
+// Where a token goes.
+struct Place { Cache* cache; int64_t position; };
+
 class Pass {
 public:
-    Pass(const KernelTable& kernels, Model& model, const int32_t* tokens, int64_t count, int threads)
-        : kernels_(kernels), model_(model), shape_(model.shape), work_(model.work), tokens_(tokens), count_(count), threads_(threads) {}
+    Pass(const KernelTable& kernels, Model& model, const int32_t* tokens, const std::vector<Place>& places, int threads)
+        : kernels_(kernels), model_(model), shape_(model.shape), work_(model.work), tokens_(tokens), places_(places),
+          count_(static_cast<int64_t>(places.size())), threads_(threads) {}
 
     // Leaves the residual stream in work_.x.
     void through_layers() {
@@ -72,7 +76,7 @@ private:
         const int64_t half = shape_.head_dim / 2;
         for (int64_t m = 0; m < count_; m++)
             for (int64_t i = 0; i < half; i++) {
-                const float angle = static_cast<float>(model_.length + m) * model_.frequencies[static_cast<size_t>(i)];
+                const float angle = static_cast<float>(place_of(m).position) * model_.frequencies[static_cast<size_t>(i)];
                 work_.cosines[m * half + i] = std::cos(angle);
                 work_.sines[m * half + i] = std::sin(angle);
             }
@@ -140,17 +144,20 @@ private:
             place(k, shape_.kv_heads, m, block.k_norm);
             for (int64_t i = 0; i < shape_.heads * dim; i++) q[i] *= scale;
             std::copy_n(q, shape_.heads * dim, work_.mixed.get() + m * shape_.heads * dim);
-            for (int64_t h = 0; h < shape_.kv_heads; h++) model_.cache.write(kernels_, layer, h, model_.length + m, k + h * dim, v + h * dim);
+            for (int64_t h = 0; h < shape_.kv_heads; h++) place_of(m).cache->write(kernels_, layer, h, place_of(m).position, k + h * dim, v + h * dim);
         });
-        const int64_t seen = block.window > 0 ? std::min(block.window, model_.length + count_) : model_.length + count_;
+        int64_t seen = 0;
+        for (const Place& place : places_) seen = std::max(seen, place.position + 1);
+        if (block.window > 0) seen = std::min(block.window, seen);
         const int threads = worthwhile_threads(threads_, seen * dim * shared * 4, count_ * shape_.kv_heads);
         parallel_for(threads, count_ * shape_.kv_heads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) {
-                const int64_t m = i / shape_.kv_heads, h = i % shape_.kv_heads, position = model_.length + m;
+                const int64_t m = i / shape_.kv_heads, h = i % shape_.kv_heads, position = place_of(m).position;
                 const int64_t begin = block.window > 0 ? std::max<int64_t>(0, position - block.window + 1) : 0;
                 float* rows = work_.mixed.get() + (m * shape_.heads + h * shared) * dim;
-                kernels_.model->attend[model_.cache.type]({rows, shared, dim, begin, position, model_.cache.pages(), model_.cache.keys(layer, h),
-                                                           model_.cache.values(layer, h), rows});
+                const Cache& cache = *place_of(m).cache;
+                kernels_.model->attend[cache.type](
+                    {rows, shared, dim, begin, position, cache.pages(), cache.keys(layer, h), cache.values(layer, h), cache.scales(layer, h), rows});
             }
         });
         multiply(block.out, work_.mixed.get());
@@ -175,38 +182,57 @@ private:
         });
     }
 
+    const Place& place_of(int64_t token) const { return places_[static_cast<size_t>(token)]; }
+
     const KernelTable& kernels_;
     Model& model_;
     const septet_model_shape& shape_;
     Workspace& work_;
     const int32_t* tokens_;
+    const std::vector<Place>& places_;
     int64_t count_;
     int threads_;
 };
 
 }  // namespace
 
-void append_tokens(const KernelTable& kernels, Model& model, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads) {
-    const int64_t before = model.length;
+void append_tokens(const KernelTable& kernels, Model& model, Text& text, const int32_t* tokens, int64_t count, int64_t wanted, float* logits, int threads) {
+    const int64_t before = text.length;
     const AwakeThreads awake(threads);
-    model.cache.grow(before + count);
+    text.cache.grow(before + count);
     model.work.reserve(model, std::min(count, kTokensAtOnce));
     try {
         for (int64_t first = 0; first < count; first += kTokensAtOnce) {
-            const int64_t chunk = std::min(kTokensAtOnce, count - first);
-            Pass pass(kernels, model, tokens + first, chunk, threads);
+            std::vector<Place> places;
+            for (int64_t m = first; m < std::min(count, first + kTokensAtOnce); m++) places.push_back({&text.cache, before + m});
+            const int64_t chunk = static_cast<int64_t>(places.size());
+            Pass pass(kernels, model, tokens + first, places, threads);
             pass.through_layers();
             const int64_t skipped = std::max<int64_t>(0, count - wanted - first);
             if (skipped < chunk) {
                 pass.write_logits(chunk - skipped, logits);
                 logits += (chunk - skipped) * model.shape.vocabulary;
             }
-            model.length += chunk;
+            text.length += chunk;
         }
     } catch (const std::bad_alloc&) {
-        model.length = before;
+        text.length = before;
         throw;
     }
+}
+
+void append_to_each(const KernelTable& kernels, Model& model, Text* const* texts, const int32_t* tokens, int64_t count, float* logits, int threads) {
+    const AwakeThreads awake(threads);
+    for (int64_t i = 0; i < count; i++) texts[i]->cache.grow(texts[i]->length + 1);
+    model.work.reserve(model, std::min(count, kTokensAtOnce));
+    for (int64_t first = 0; first < count; first += kTokensAtOnce) {
+        std::vector<Place> places;
+        for (int64_t m = first; m < std::min(count, first + kTokensAtOnce); m++) places.push_back({&texts[m]->cache, texts[m]->length});
+        Pass pass(kernels, model, tokens + first, places, threads);
+        pass.through_layers();
+        pass.write_logits(static_cast<int64_t>(places.size()), logits + first * model.shape.vocabulary);
+    }
+    for (int64_t i = 0; i < count; i++) texts[i]->length++;
 }
 
 }  // namespace septet

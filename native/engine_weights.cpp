@@ -12,7 +12,7 @@
 namespace septet {
 namespace {
 
-constexpr int64_t kHugePage = 1 << 21, kChunk = 16 * kHugePage, kAlignment = 64;
+constexpr int64_t kHugePage = 1 << 21, kChunk = 16 * kHugePage, kAlignment = 64, kScaleBytes = sizeof(float);
 
 int64_t round_up(int64_t value, int64_t step) { return ceil_divide(value, step) * step; }
 
@@ -117,13 +117,10 @@ int64_t Slot::width() const {
     return width;
 }
 
-void Cache::configure(const septet_model_shape& shape) {
-    type = shape.cache == SEPTET_FLOAT32 ? kFloat32 : kFloat16;
-    heads_ = shape.kv_heads;
-    dim_ = shape.head_dim;
-    head_bytes_ = kPagePositions * (dim_ + padded_dim(dim_)) * float_bytes(type);
-    page_bytes_ = shape.layers * heads_ * head_bytes_;
-}
+Cache::Cache(const septet_model_shape& shape)
+    : type(shape.cache == SEPTET_FLOAT32 ? kFloat32 : shape.cache == SEPTET_INT8 ? kInt8 : kFloat16), heads_(shape.kv_heads), dim_(shape.head_dim),
+      head_bytes_(kPagePositions * ((dim_ + padded_dim(dim_)) * float_bytes(type) + (type == kInt8 ? 2 * kScaleBytes : 0))),
+      page_bytes_(shape.layers * heads_ * head_bytes_) {}
 
 void Cache::grow(int64_t positions) {
     const size_t needed = static_cast<size_t>(ceil_divide(positions, kPagePositions));
@@ -142,13 +139,20 @@ void Cache::shrink(int64_t positions) {
 void Cache::write(const KernelTable& kernels, int64_t layer, int64_t head, int64_t position, const float* key, const float* value) {
     char* page = pages_[static_cast<size_t>(position / kPagePositions)];
     const int64_t at = position % kPagePositions, size = float_bytes(type);
-    kernels.model->narrow(type, value, dim_, page + values(layer, head) + at * padded_dim(dim_) * size);
+    char* value_to = page + values(layer, head) + at * padded_dim(dim_) * size;
     alignas(64) char narrow[kMaxHeadDim * sizeof(float)];
-    kernels.model->narrow(type, key, dim_, narrow);
+    if (type == kInt8) {
+        const float found[2] = {kernels.quantize(key, dim_, reinterpret_cast<int8_t*>(narrow)), kernels.quantize(value, dim_, reinterpret_cast<int8_t*>(value_to))};
+        for (int64_t i = 0; i < 2; i++) std::memcpy(page + scales(layer, head) + (i * kPagePositions + at) * kScaleBytes, &found[i], kScaleBytes);
+    } else {
+        kernels.model->narrow(type, value, dim_, value_to);
+        kernels.model->narrow(type, key, dim_, narrow);
+    }
     char* to = page + keys(layer, head) + (at / kKeyBlock * dim_ * kKeyBlock + at % kKeyBlock) * size;
     for (int64_t d = 0; d < dim_; d++) {
         if (type == kFloat32) std::memcpy(to + d * kKeyBlock * 4, narrow + d * 4, 4);
-        else std::memcpy(to + d * kKeyBlock * 2, narrow + d * 2, 2);
+        else if (type == kFloat16) std::memcpy(to + d * kKeyBlock * 2, narrow + d * 2, 2);
+        else to[d * kKeyBlock] = narrow[d];
     }
 }
 

@@ -130,7 +130,7 @@ void dense_product(int type, const void* weight, int64_t rows, int64_t features,
     else dense_product_with<kBfloat16>(bytes, rows, features, x, sums);
 }
 
-constexpr ModelSteps kModelSteps = {rms_norm, add, gate, turn, {attend<kFloat32>, attend<kFloat16>}, widen_stored, narrow, dense_product};
+constexpr ModelSteps kModelSteps = {rms_norm, add, gate, turn, {attend<kFloat32>, attend<kFloat16>, nullptr, attend<kFloat32>}, widen_stored, narrow, dense_product};
 
 }  // namespace
 }  // namespace septet

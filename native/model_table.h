@@ -6,12 +6,13 @@
 
 namespace septet {
 
-// How floats are stored: dense weights, and the key-value cache.
-enum FloatType { kFloat32, kFloat16, kBfloat16 };
-constexpr int64_t float_bytes(int type) { return type == kFloat32 ? 4 : 2; }
+// How floats are stored: dense weights (not kInt8), and the key-value cache (not kBfloat16). kInt8: quantized like activations, a scale per vector.
+enum FloatType { kFloat32, kFloat16, kBfloat16, kInt8 };
+constexpr int64_t float_bytes(int type) { return type == kFloat32 ? 4 : type == kInt8 ? 1 : 2; }
 
 // The cache is cut into pages of kPagePositions positions. In a page, per layer and key-value head: keys [kPagePositions / kKeyBlock][dim][kKeyBlock], so that
-// scores of neighbouring positions are neighbouring lanes; then values [kPagePositions][padded dim].
+// scores of neighbouring positions are neighbouring lanes; then values [kPagePositions][padded dim]; for kInt8 then float32 scales [kPagePositions] of the
+// keys, and of the values.
 constexpr int64_t kPagePositions = 256, kKeyBlock = 32, kLanes = 16, kMaxHeadDim = 256;
 constexpr int64_t padded_dim(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
@@ -21,7 +22,7 @@ struct Attention {
     int64_t rows, dim;
     int64_t first, last;        // positions to look at, both included
     const char* const* pages;   // of the cache
-    int64_t keys, values;       // bytes from the begin of a page
+    int64_t keys, values, scales;  // bytes from the begin of a page; scales 0: the cache is not kInt8
     float* out;                 // [rows][dim]
 };
 
@@ -33,7 +34,7 @@ struct ModelSteps {
     void (*gate)(const float* gate, const float* up, int64_t count, float* y);
     // The pairs (x[i], x[half + i]) turned by the angles whose cosines and sines are given.
     void (*turn)(const float* cosines, const float* sines, int64_t half, float* x);
-    void (*attend[2])(const Attention& attention);  // by type of the cache: kFloat32, kFloat16
+    void (*attend[4])(const Attention& attention);  // by type of the cache
     // Floats <-> stored values; narrow knows kFloat32 and kFloat16.
     void (*widen)(int type, const void* stored, int64_t count, float* y);
     void (*narrow)(int type, const float* x, int64_t count, void* stored);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,47 @@ def test_model_rows(quantized: dict[str, Path]) -> None:
         assert MODEL_ROW <= row.keys() and row["type"].startswith("trellis 3.5") and row["threads"] == 1
         assert row["prefill_tok_per_s"] > 0 and row["decode_tok_per_s"] > 0 and row["peak_rss_mb"] > 20
     assert rows[0]["peak_rss_mb"] < rows[1]["peak_rss_mb"] / 2
+
+
+def test_llama_cpp_gets_files_of_the_same_sizes(quantized: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without running it, which is a matter of the library that happens to be installed."""
+    pytest.importorskip("gguf", reason="needs the extra septet[gguf]; make test installs it")
+    asked: list[list[tuple[str, str, int]]] = []
+
+    def measure(contenders: list, *others: object) -> list[dict]:
+        assert all(contender.model.exists() for contender in contenders)
+        asked.append([(contender.engine, contender.model.name, contender.threads) for contender in contenders])
+        return [dict.fromkeys(MODEL_ROW | {"prefill_spread", "decode_spread", "load_seconds"}, 1.0)]
+
+    monkeypatch.setattr("septet.bench.models.measure_models", measure)
+    own = tmp_path / "own.gguf"
+    own.touch()
+    options = ["--engines", "native", "--against", "llama.cpp", "--against", own, "--types", "Q4_0,Q8_0", "--threads", "1,2"]
+    folder, name = tmp_path / "kept" / "files", quantized["trellis"].name
+    septet_json("bench", "model", quantized["trellis"], *options, "--gguf-folder", folder)
+    made = [f"{name}-Q4_0-mix.gguf", f"{name}-Q8_0-mix.gguf"]
+    files = [("llama.cpp", file, 1) for file in [*made, "own.gguf"]]
+    assert asked[0][:4] == [("native", name, 1), *files] and [threads for *_, threads in asked[0]] == [1] * 4 + [2] * 4
+    assert sorted(path.name for path in folder.iterdir()) == made
+    septet_json("bench", "model", quantized["trellis"], *options)
+    assert asked[1] == asked[0]
+    assert_error(septet("bench", "model", quantized["trellis"], *options, "--types", "Q9"), "a type must be one of")
+
+
+def test_rows_go_to_a_csv_file_with_their_origin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    options = ["--sizes", "64x64", "--codes", "int8", "--threads", "1", "--rounds", 1, "--csv", path]
+    rows = [row for _ in range(2) for row in septet_json("bench", "kernels", *options)["rows"]]
+    with path.open(newline="") as file:
+        stored = list(csv.DictReader(file))
+    assert len(stored) == len(rows) == 4
+    for row, kept in zip(rows, stored):
+        assert kept.keys() == row.keys() | {"machine", "instruction_set", "versions", "commit", "command"}
+        assert kept["name"] == row["name"] and float(kept["gweight_per_s"]) == pytest.approx(row["gweight_per_s"], rel=1e-4)
+        assert kept["command"].startswith("septet ") and "septet " in kept["versions"] and kept["machine"]
+    path.write_text("other,columns\n")
+    assert_error(septet("bench", "kernels", *options), "must have the columns")
+    assert_error(septet("bench", "kernels", *options[:-1], tmp_path), "must be writable")
 
 
 def test_what_bench_refuses(tmp_path: Path) -> None:

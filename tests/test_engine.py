@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="needs the extra septet[hf]; make tes
 import engine_models
 from native_cases import SETS, native
 from septet.engine import Engine, Sampling
+from septet.engine.engine import CACHES
 from septet.loading import load_model
 
 CODES = {
@@ -54,6 +55,8 @@ def test_logits_are_those_of_the_dequantized_weights(family: str, tmp_path: Path
     wanted = engine_models.logits(engine_models.dense(directory), text)
     assert deviation(Engine.load(directory, "float", "float32").logits(text), wanted) < tolerances.ENGINE_FLOAT
     assert deviation(Engine.load(directory, "float").logits(text), wanted) < tolerances.ENGINE_FLOAT16_CACHE
+    coarse = Engine.load(directory, "float", "int8").logits(text)
+    assert (coarse - wanted).std() < tolerances.ENGINE_INT8_CACHE * wanted.std()
     rounded = Engine.load(directory, "int8").logits(text)
     assert (rounded - wanted).std() < tolerances.ENGINE_INT8 * wanted.std()
 
@@ -107,8 +110,9 @@ def test_greedy_text_is_that_of_transformers(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("activations", ["int8", "float"])
-def test_no_way_to_cut_a_text_changes_a_bit(llama: Path, text: list[int], activations: str) -> None:
-    engine = Engine.load(llama, activations)
+@pytest.mark.parametrize("cache", CACHES)
+def test_no_way_to_cut_a_text_changes_a_bit(llama: Path, text: list[int], activations: str, cache: str) -> None:
+    engine = Engine.load(llama, activations, cache)
     whole = engine.logits(text)
     for size in (1, 7, 100):
         engine.reset()
@@ -131,7 +135,7 @@ def test_instruction_sets_change_no_bit(family: str, head: str, tmp_path: Path, 
     results = []
     for name in SETS:
         native.set_instruction_set(name)
-        results.append(Engine.load(directory, "int8").logits(text))
+        results.append([Engine.load(directory, "int8", cache).logits(text) for cache in CACHES])
     native.set_instruction_set(None)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
@@ -145,12 +149,44 @@ def test_a_text_goes_on_where_the_last_one_parted(llama: Path, text: list[int]) 
         np.testing.assert_array_equal(engine.next_logits(prompt), fresh.logits(prompt)[-1])
 
 
-def test_memory_grows_with_the_text(llama: Path) -> None:
-    engine = Engine.load(llama)
+@pytest.mark.parametrize(("cache", "bytes_per_vector"), [("float32", 64), ("float16", 32), ("int8", 20)])
+def test_memory_grows_with_the_text(llama: Path, cache: str, bytes_per_vector: int) -> None:
+    engine = Engine.load(llama, cache=cache)
     assert engine.memory_bytes["cache"] == 0 < engine.memory_bytes["weights"]
     engine.next_logits([1] * 257)
-    pages, layers, heads, head_dim = 2, 2, 2, 16
-    assert engine.memory_bytes["cache"] == pages * 256 * layers * heads * 2 * head_dim * 2
+    pages, layers, heads = 2, 2, 2
+    assert engine.memory_bytes["cache"] == pages * 256 * layers * heads * 2 * bytes_per_vector
+    engine.next_logits([1], text=3)
+    assert engine.memory_bytes["cache"] == (pages + 1) * 256 * layers * heads * 2 * bytes_per_vector
+    engine.reset()
+    assert engine.memory_bytes["cache"] == 0
+
+
+# ---- several texts ----
+
+
+def test_texts_beside_each_other_change_no_bit(llama: Path, text: list[int]) -> None:
+    engine, alone = Engine.load(llama, threads=2), Engine.load(llama)
+    prompts = {0: text[:5], 1: text[7:8], 2: text[:260], 5: text[100:130]}
+    for number, prompt in prompts.items():
+        np.testing.assert_array_equal(engine.next_logits(prompt, number), alone.next_logits(prompt))
+    for step in range(3):
+        tokens = {number: text[50 + 7 * step + number] for number in (5, 0, 2, 1)[step:]}
+        rows = engine.step(tokens)
+        for row, (number, token) in zip(rows, tokens.items()):
+            prompts[number] = [*prompts[number], token]
+            np.testing.assert_array_equal(row, alone.next_logits(prompts[number]))
+
+
+def test_a_batch_is_its_prompts_one_by_one(llama: Path, text: list[int]) -> None:
+    engine = Engine.load(llama, context=60)
+    prompts = [text[:50], text[3:4], text[9:20]]
+    for sampling in (Sampling(30), Sampling(30, temperature=1.5, top_k=50, seed=3, repetition_penalty=1.1)):
+        wanted = [list(engine.generate(prompt, sampling)) for prompt in prompts]
+        stop = frozenset(wanted[2][5:6])
+        assert engine.generate_batch(prompts, sampling) == wanted and len(wanted[0]) == 10
+        assert engine.generate_batch(prompts, sampling, stop) == [list(engine.generate(prompt, sampling, stop)) for prompt in prompts]
+    assert engine.generate_batch([]) == []
 
 
 # ---- limits ----
@@ -170,6 +206,13 @@ def test_what_an_engine_refuses(llama: Path) -> None:
     with pytest.raises(OptionError, match="whole numbers"):
         engine.next_logits([0.5])
     assert len(list(engine.generate([1] * 17, Sampling(100)))) == 3
+    with pytest.raises(OptionError, match="shorter than the model's 20 positions"):
+        engine.generate_batch([[1], [1] * 20])
+    with pytest.raises(OptionError, match="a text must be in"):
+        engine.next_logits([1], text=4096)
+    for tokens in ({3: 1}, {-1: 1}):
+        with pytest.raises(OptionError, match="begin with a prompt"):
+            engine.step(tokens)
 
 
 def test_arguments(llama: Path) -> None:

@@ -73,9 +73,10 @@ def set_vector(engine: ctypes.c_void_p, slot: int, values: np.ndarray, at: int =
     return LIBRARY.septet_engine_set_vector(engine, slot, ctypes.c_int64(at), pointer, ctypes.c_int64(len(values)))
 
 
-def run(engine: ctypes.c_void_p, tokens: np.ndarray, wanted: int, logits: np.ndarray) -> int:
+def run(engine: ctypes.c_void_p, tokens: np.ndarray, wanted: int, logits: np.ndarray, text: int = 0) -> int:
     arrays = (ctypes.c_void_p(array.ctypes.data) for array in (tokens, logits))
-    return LIBRARY.septet_engine_run(engine, next(arrays), ctypes.c_int64(len(tokens)), ctypes.c_int64(wanted), next(arrays), 1)
+    numbers = [ctypes.c_int64(number) for number in (text, len(tokens), wanted)]
+    return LIBRARY.septet_engine_run(engine, numbers[0], next(arrays), *numbers[1:], next(arrays), 1)
 
 
 def fill(engine: ctypes.c_void_p, guarded: Guarded, rng: np.random.Generator) -> None:
@@ -113,7 +114,7 @@ def test_an_engine_copies_what_it_is_given(rng: np.random.Generator) -> None:
     assert run(engine, tokens, 2, before) == 0
     for area in guarded.maps:
         np.frombuffer(area, np.uint8)[4096:-4096] = 0xFF
-    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(0)) == 0
+    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(0), ctypes.c_int64(0)) == 0
     assert run(engine, tokens, 2, after) == 0
     np.testing.assert_array_equal(before, after)
     LIBRARY.septet_engine_free(engine)
@@ -172,20 +173,46 @@ def test_runs_are_checked_and_change_nothing(rng: np.random.Generator) -> None:
     assert run(engine, np.array([-1], np.int32), 1, logits) == TOKEN
     assert run(engine, np.zeros(21, np.int32), 1, logits) == CONTEXT
     assert run(engine, np.zeros(1, np.int32), 2, logits) == SIZE and run(engine, np.zeros(1, np.int32), -1, logits) == SIZE
-    assert LIBRARY.septet_engine_run(engine, None, ctypes.c_int64(1), ctypes.c_int64(0), None, 1) == NULL
-    assert LIBRARY.septet_engine_run(None, None, ctypes.c_int64(0), ctypes.c_int64(0), None, 1) == NULL
+    assert LIBRARY.septet_engine_run(engine, ctypes.c_int64(0), None, ctypes.c_int64(1), ctypes.c_int64(0), None, 1) == NULL
+    assert LIBRARY.septet_engine_run(None, ctypes.c_int64(0), None, ctypes.c_int64(0), ctypes.c_int64(0), None, 1) == NULL
     length = ctypes.c_int64(-1)
-    assert LIBRARY.septet_engine_length(engine, ctypes.byref(length)) == 0 and length.value == 0
+    assert LIBRARY.septet_engine_length(engine, ctypes.c_int64(0), ctypes.byref(length)) == 0 and length.value == 0
     assert run(engine, np.zeros(20, np.int32), 1, logits) == 0 and run(engine, np.zeros(1, np.int32), 1, logits) == CONTEXT
-    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(21)) == SIZE
-    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(-1)) == SIZE
+    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(0), ctypes.c_int64(21)) == SIZE
+    assert LIBRARY.septet_engine_truncate(engine, ctypes.c_int64(0), ctypes.c_int64(-1)) == SIZE
+    assert [run(engine, np.zeros(1, np.int32), 1, logits, text) for text in (-1, 4096)] == [SIZE, SIZE]
+    LIBRARY.septet_engine_free(engine)
+
+
+def step(engine: ctypes.c_void_p, texts: list[int], tokens: list[int], logits: np.ndarray) -> int:
+    numbers, ids = np.array(texts, np.int64), np.array(tokens, np.int32)
+    arrays = [ctypes.c_void_p(array.ctypes.data) for array in (numbers, ids)]
+    return LIBRARY.septet_engine_step(engine, *arrays, ctypes.c_int64(len(ids)), ctypes.c_void_p(logits.ctypes.data), 1)
+
+
+def test_steps_of_several_texts_are_checked_and_change_nothing(rng: np.random.Generator) -> None:
+    engine, guarded = create(shape()), Guarded(True)
+    fill(engine, guarded, rng)
+    logits = guarded.empty((2, VOCABULARY), np.float32)
+    assert step(engine, [0], [1], logits) == SIZE  # nobody has used it
+    for text in (0, 2):
+        assert run(engine, np.array([1 + text, 2], np.int32), 0, logits, text) == 0
+    for texts, tokens, error in (([0, 0], [1, 2], SIZE), ([0, 3], [1, 2], SIZE), ([-1], [1], SIZE), ([0, 2], [1, VOCABULARY], TOKEN)):
+        assert step(engine, texts, tokens, logits) == error
+    assert LIBRARY.septet_engine_step(engine, None, None, ctypes.c_int64(1), None, 1) == NULL
+    assert step(engine, [2, 0], [5, 6], logits) == 0 and step(engine, [], [], logits) == 0
+    alone = np.empty((1, VOCABULARY), np.float32)
+    for row, (text, tokens) in zip(logits, ((4, [3, 2, 5]), (5, [1, 2, 6]))):
+        assert run(engine, np.array(tokens, np.int32), 1, alone, text) == 0
+        np.testing.assert_array_equal(row, alone[0])
+    assert run(engine, np.zeros(17, np.int32), 0, logits, 2) == 0 and step(engine, [0, 2], [1, 1], logits) == CONTEXT
     LIBRARY.septet_engine_free(engine)
 
 
 def test_the_module_raises_septet_errors() -> None:
     with pytest.raises(ShapeError, match="sizes must fit"):
-        _native.Engine((1, 8, 12, 2, 1, 5, 10, 20), 1e-5, True, True)
-    engine = _native.Engine(tuple(SIZES.values()), 1e-5, True, True)
+        _native.Engine((1, 8, 12, 2, 1, 5, 10, 20), 1e-5, True, "float32")
+    engine = _native.Engine(tuple(SIZES.values()), 1e-5, True, "float32")
     with pytest.raises(CheckpointError, match="all its weights"):
         engine.append(np.zeros(1, np.int32), 1)
     with pytest.raises(ShapeError, match="contiguous int32"):

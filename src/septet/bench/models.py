@@ -15,7 +15,7 @@ from types import TracebackType
 from septet.bench.rounds import median, spread
 from septet.errors import OptionError, SeptetError, UnsupportedModelError
 
-__all__ = ["ENGINES", "Contender", "measure_models"]
+__all__ = ["ENGINES", "Contender", "Worker", "measure_models"]
 
 ENGINES = ("native", "transformers", "llama.cpp")
 
@@ -58,8 +58,9 @@ def measure_models(
         progress: called with (turns taken, all turns).
 
     Returns:
-        A row per contender: model, engine, type, threads, prefill_tok_per_s, decode_tok_per_s, peak_rss_mb, prefill_spread and
-        decode_spread (range over median), rounds.
+        A row per contender: model, engine, type, threads, prefill, decode (tokens), prefill_tok_per_s, decode_tok_per_s, peak_rss_mb,
+        prefill_spread and decode_spread (range over median), rounds, load_seconds (after imports), file_mb and load_rss_mb (growth of
+        the resident set while loading).
 
     Raises:
         OptionError: a number is below 1.
@@ -69,7 +70,7 @@ def measure_models(
         if value < 1:
             raise OptionError(f"{name} must be at least 1", value, "choose another")
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(contender)) for contender in contenders]
+        workers = [stack.enter_context(Worker(contender)) for contender in contenders]
         for worker in workers:
             worker.ask("decode 4")  # warms up
         speeds: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
@@ -79,33 +80,47 @@ def measure_models(
                 speeds[at][kind].append(workers[at].ask(f"{kind} {count}")["tok_per_s"])
             if progress is not None:
                 progress(turn + 1, rounds * len(workers))
-        return [_row(worker, found, rounds) for worker, found in zip(workers, speeds)]
+        sizes = {"prefill": prefill, "decode": decode}
+        return [_row(worker, found, sizes, rounds) for worker, found in zip(workers, speeds)]
 
 
-def _row(worker: _Worker, speeds: dict[str, list[float]], rounds: int) -> dict:
+def _row(worker: Worker, speeds: dict[str, list[float]], sizes: dict[str, int], rounds: int) -> dict:
     contender = worker.contender
     return {
-        "model": str(contender.model), "engine": contender.engine, "type": worker.kind, "threads": contender.threads,
+        "model": contender.model.name, "engine": contender.engine, "type": worker.kind, "threads": contender.threads, **sizes,
         "prefill_tok_per_s": median(speeds["prefill"]), "decode_tok_per_s": median(speeds["decode"]),
         "peak_rss_mb": worker.ask("memory")["peak_rss_mb"],
         "prefill_spread": spread(speeds["prefill"]), "decode_spread": spread(speeds["decode"]), "rounds": rounds,
+        **worker.loading,
     }  # fmt: skip
 
 
-class _Worker:
-    """A process of `septet.bench.worker`; a context that ends it."""
+class Worker:
+    """A process of `septet.bench.worker`; a context that ends it.
+
+    Args:
+        contender: what it runs.
+
+    Attributes:
+        kind: what the model's weights are, once it is loaded.
+        loading: load_seconds, file_mb and load_rss_mb.
+    """
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
         self.kind = ""
+        self.loading: dict[str, float] = {}
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         threads = str(self.contender.threads)
         command = [sys.executable, "-m", "septet.bench.worker", self.contender.engine, str(self.contender.model), threads]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        if self.contender.engine == "transformers":  # its many small loops would spin; llama.cpp's few need their threads awake
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
-        self.kind = self._answer()["type"]
+        self.loading = self._answer()
+        self.kind = self.loading.pop("type")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -113,7 +128,11 @@ class _Worker:
         self._process.communicate()
 
     def ask(self, command: str) -> dict:
-        """Send a line, wait for the answer."""
+        """Send a line as `septet.bench.worker` understands it, wait for the answer.
+
+        Raises:
+            UnsupportedModelError: the process has ended; the message is its own.
+        """
         print(command, file=self._process.stdin, flush=True)
         return self._answer()
 

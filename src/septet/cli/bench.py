@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -17,6 +21,8 @@ __all__ = ["bench"]
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
+CsvOption = Annotated[Path | None, typer.Option(help="Append the rows to this CSV file, with machine, versions and commit.")]
+CsvOption = Annotated[Path | None, typer.Option(help="Append the rows to this CSV file, with machine, versions and commit.")]
 RoundsOption = Annotated[int, typer.Option(help="How often everything is timed, in turns; medians are shown.")]
 ThreadsOption = Annotated[str, typer.Option(help="Numbers of threads, separated by commas; 0: the default.")]
 
@@ -29,6 +35,7 @@ def kernels(
     threads: ThreadsOption = "0",
     backends: Annotated[str, typer.Option(help="They take turns: native, fortran, or builds: native-avx2, fortran-flang.")] = "native",
     rounds: RoundsOption = 5,
+    csv: CsvOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time products with random weights beside reading the same memory."""
@@ -45,45 +52,65 @@ def kernels(
         task = bar.add_task("time kernels", total=len(cases))
         rows = measure_kernels(cases, rounds, lambda done, total: bar.update(task, completed=done), backends.split(","))
     columns = "name code backend k n tokens threads gweight_per_s gb_per_s bandwidth_fraction of_first spread"
-    _show(rows, tuple(columns.split()), as_json)
+    _show(rows, tuple(columns.split()), csv, as_json)
 
 
 @bench.command()
 def model(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory.")],
-    against: Annotated[list[Path] | None, typer.Option(help="A .gguf file for llama.cpp; may be repeated.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A .gguf file, or `llama.cpp`: files of the sizes of DIR with random weights. May be repeated.")
+    ] = None,
+    types: Annotated[str, typer.Option(help="What `--against llama.cpp` makes, separated by commas.")] = "Q4_0,Q4_K",
+    gguf_folder: Annotated[Path | None, typer.Option(help="Where these files are kept for another time; else they go at the end.")] = None,
     engines: Annotated[str, typer.Option(help="For DIR, of native and transformers.")] = "native,transformers",
     threads: ThreadsOption = "0",
     prefill: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     decode: Annotated[int, typer.Option(help="Tokens one after the other.")] = 128,
     rounds: RoundsOption = 5,
+    csv: CsvOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time a model's prompts and single tokens, each contender in a process of its own."""
     from septet.bench.models import Contender, measure_models
 
-    contenders = []
-    for workers in _threads(threads):
-        contenders += [Contender(directory, engine, workers) for engine in engines.split(",")]
-        contenders += [Contender(file, "llama.cpp", workers) for file in against or ()]
-    with progress_bar() as bar:
-        task = bar.add_task("time models", total=rounds * len(contenders))
-        rows = measure_models(contenders, prefill, decode, rounds, lambda done, total: bar.update(task, completed=done))
-    names = (
-        "model",
-        "engine",
-        "type",
-        "threads",
-        "prefill_tok_per_s",
-        "decode_tok_per_s",
-        "peak_rss_mb",
-        "prefill_spread",
-        "decode_spread",
-    )
-    _show(rows, names, as_json)
+    own = [Contender(directory, engine, workers) for workers in _threads(threads) for engine in engines.split(",")]
+    with _files_of(directory, against or [], types.split(","), gguf_folder) as files:
+        contenders = []
+        for workers in _threads(threads):
+            contenders += [contender for contender in own if contender.threads == workers]
+            contenders += [Contender(file, "llama.cpp", workers) for file in files]
+        with progress_bar() as bar:
+            task = bar.add_task("time models", total=rounds * len(contenders))
+            rows = measure_models(contenders, prefill, decode, rounds, lambda done, total: bar.update(task, completed=done))
+    figures = ("prefill_tok_per_s", "decode_tok_per_s", "peak_rss_mb", "prefill_spread", "decode_spread", "load_seconds")
+    _show(rows, ("model", "engine", "type", "threads", *figures), csv, as_json)
 
 
-def _show(rows: list[dict], names: tuple[str, ...], as_json: bool) -> None:
+@contextmanager
+def _files_of(directory: Path, against: list[str], types: list[str], folder: Path | None) -> Iterator[list[Path]]:
+    """The .gguf files to time; those made for this occasion are there as long as the context."""
+    from septet.bench.gguf_files import files_like
+
+    with ExitStack() as stack:
+        files = []
+        for word in against:
+            if word != "llama.cpp":
+                files.append(Path(word))
+                continue
+            if folder is None:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="septet-bench-")))
+            folder.mkdir(parents=True, exist_ok=True)
+            files += files_like(directory, folder, types)
+        yield files
+
+
+def _show(rows: list[dict], names: tuple[str, ...], csv: Path | None, as_json: bool) -> None:
+    if csv is not None:
+        from septet.bench.provenance import append_rows, provenance
+
+        facts = provenance("septet", *sys.argv[1:])
+        append_rows(csv, [row | facts for row in rows])
     if as_json:
         print_json({"rows": rows})
         return

@@ -1,8 +1,13 @@
-"""From a septet directory to a native engine: every tensor is read once, checked against its CRC, and copied into place."""
+"""From a septet directory to a native engine: every tensor is read once, checked against its CRC, and copied into place.
+
+Two threads compute checksums, which take longer than everything else together, beside the one that reads and copies.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +35,7 @@ _FREQUENCIES, _FINAL_NORM = 0, 1
 _NORMS = {2: "input_layernorm", 3: "post_attention_layernorm"}
 _HEAD_NORMS = {4: "self_attn.q_norm", 5: "self_attn.k_norm"}
 _BIASES = {6 + index: module for index, module in enumerate(module for modules in _SLOTS.values() for module in modules)}
+_CHECKERS, _IN_FLIGHT = 2, 4  # tensors kept in memory for their check
 _DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -47,11 +53,17 @@ def fill(engine: _native.Engine, directory: ModelDirectory, shape: ModelShape, q
         UnsupportedModelError: the checkpoint holds tensors that the engine would not use.
         ShapeError: a layer's sizes are not those of the model.
     """
-    source = _Source(directory, layers_of(quantization), checksums_of(quantization), quantization.get("activation_scale"))
+    with ThreadPoolExecutor(_CHECKERS) as pool:
+        layers, checksums = layers_of(quantization), checksums_of(quantization)
+        source = _Source(directory, layers, checksums, quantization.get("activation_scale"), pool)
+        _fill_from(source, engine, shape)
+        source.finish()
+
+
+def _fill_from(source: _Source, engine: _native.Engine, shape: ModelShape) -> None:
+    owners = source.directory.owners
     engine.set_weights(0, 0, [source.layer(_EMBEDDING)])
-    if not shape.tied:
-        engine.set_weights(1, 0, [source.layer(_HEAD)])
-    elif f"{_HEAD}.weight" in directory.owners:  # `--head trellis` stores a tied head beside its embedding
+    if not shape.tied or f"{_HEAD}.weight" in owners:  # `--head trellis` stores a tied head beside its embedding
         engine.set_weights(1, 0, [source.layer(_HEAD)])
     engine.set_vector(_FREQUENCIES, 0, shape.frequencies)
     engine.set_vector(_FINAL_NORM, 0, source.vector("model.norm.weight"))
@@ -62,22 +74,22 @@ def fill(engine: _native.Engine, directory: ModelDirectory, shape: ModelShape, q
         for slot, module in (_NORMS | (_HEAD_NORMS if shape.head_norm else {})).items():
             engine.set_vector(slot, layer, source.vector(f"{prefix}{module}.weight"))
         for slot, module in _BIASES.items():
-            if f"{prefix}{module}.bias" in directory.owners:
+            if f"{prefix}{module}.bias" in owners:
                 engine.set_vector(slot, layer, source.vector(f"{prefix}{module}.bias"))
         if shape.windows[layer]:
             engine.set_window(layer, shape.windows[layer])
-    source.check_all_read()
-
 
 @dataclass(eq=False)
 class _Source:
-    """A checkpoint that hands out checked tensors and remembers which."""
+    """A checkpoint that hands out tensors, has them checked, and remembers which. Nothing is checked for sure before `finish`."""
 
     directory: ModelDirectory
     layers: dict[str, dict]
     checksums: dict[str, str]
     segment: object
+    pool: ThreadPoolExecutor
     read: set[str] = field(default_factory=set)
+    checks: deque[Future[None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         if self.segment not in SEGMENTS:
@@ -116,8 +128,9 @@ class _Source:
             return (raw.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
         return raw.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
-    def check_all_read(self) -> None:
-        """A tensor nobody asked for would silently change what the model says."""
+    def finish(self) -> None:
+        """All checks end well, and all tensors were asked for: another would silently change what the model says."""
+        self._wait_for_checks(0)
         for key in sorted(self.directory.owners.keys() - self.read):
             hint = "run this model through transformers"
             raise UnsupportedModelError("for the native engine, every tensor must have its place", key, hint)
@@ -141,9 +154,14 @@ class _Source:
         data = self.directory.file_of(key).read(key)
         if key not in self.checksums:
             raise CheckpointError(f"config.json must list a crc32 of {key}", "none", "fetch config.json and the weights again, together")
-        check_crc32(data, self.checksums[key], key)
+        self.checks.append(self.pool.submit(check_crc32, data, self.checksums[key], key))
+        self._wait_for_checks(_IN_FLIGHT)
         self.read.add(key)
         return data
+
+    def _wait_for_checks(self, left: int) -> None:
+        while len(self.checks) > left:
+            self.checks.popleft().result()
 
 
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.dtype("<f2")}
