@@ -1,0 +1,197 @@
+"""Whole layers on a GPU: which kernels run for which layer and how many tokens.
+
+A few tokens of a trellis layer go through the fused kernels of product.cu, 16 at a time; many through its decoded levels and a dense
+product on the tensor cores. What these do not take (code split, tiny or huge Hadamard blocks, no NVRTC) runs in `portable`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
+from septet.gpu import launches, portable
+from septet.gpu.driver import obstacle
+from septet.gpu.layout import arrange, units_of
+
+__all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepare"]
+
+#: SEPTET_GPU=triton leaves the CUDA kernels aside.
+GPU_VARIABLE = "SEPTET_GPU"
+#: Up to here tokens go through `launches.product`, in steps of 16; measured on an H100.
+FEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a GPU keeps of a layer besides its stored tensors.
+
+    Args:
+        code, bits, inputs, outputs, input_block, output_block: as in the layer's description.
+        segment: inputs that share an int8 activation scale.
+        arranged: packed bytes in the order of product.cu, or None where `portable` reads the stored ones.
+        scale, input_scale: float16, contiguous; scale of split in float32.
+        offset: float32 or None.
+        table: level table for `portable`, or None.
+    """
+
+    code: str
+    bits: int
+    inputs: int
+    outputs: int
+    input_block: int
+    output_block: int
+    segment: int
+    arranged: torch.Tensor | None
+    scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    offset: torch.Tensor | None
+    table: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles."""
+        return -(-self.outputs // TILE_OUTPUTS)
+
+    @property
+    def padded_inputs(self) -> int:
+        """Inputs rounded up to whole tiles."""
+        return self.inputs if self.code == "int8" else -(-self.inputs // TILE_INPUTS) * TILE_INPUTS
+
+    @property
+    def segmented(self) -> bool:
+        """Whether there are several activation scales per token."""
+        return self.segment < self.padded_inputs
+
+
+def _uses_cuda(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None and os.environ.get(GPU_VARIABLE) != "triton" and not obstacle()
+
+
+def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
+    """Rearrange a layer once.
+
+    Args:
+        tensors: weight, scale, input scale or None, offset or None, as stored.
+        sizes: code, bits, inputs, outputs, input_block, output_block.
+        segment: inputs that share an int8 activation scale.
+    """
+    weight, scale, input_scale, offset = tensors
+    code, bits, inputs, outputs, input_block, output_block = sizes
+    arranged = table = None
+    fits = max(input_block, output_block) <= launches.LARGEST_BLOCK
+    segment_fits = segment >= inputs or segment % 64 == 0
+    if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device):
+        arranged = arrange(weight.detach(), bits)
+    elif code != "int8":
+        table = portable.level_table(weight.device)
+    if code == "split":
+        scale, offset = (None if t is None else t.detach().to(torch.float32).contiguous() for t in (scale, offset))
+    else:
+        scale, input_scale = (t.detach().to(torch.float16).clone() for t in (scale, input_scale))
+    return Layer(*sizes, segment, arranged, scale, input_scale, offset, table)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
+    """A whole layer without its bias.
+
+    Args:
+        x: float32, bfloat16 or float16 [M, K], contiguous, M at least 1.
+        weight: as stored.
+        layer: from `prepare`.
+        activations: "int8" or "float".
+
+    Returns:
+        [M, N], the dtype of `x`.
+    """
+    if layer.arranged is None:
+        return _portable(x, weight.contiguous(), layer, activations)
+    if len(x) > FEW_TOKENS:
+        return _many_tokens(x, layer, activations)
+    parts = [_few_tokens(part, layer, activations) for part in x.split(launches.MOST_TOKENS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
+    kind = "int8" if activations == "int8" else "halves"
+    values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, kind)
+    segment = layer.segment if layer.segmented else None
+    sums, workers = launches.product(layer.arranged, layer.bits, layer.rows, values, scales, segment)
+    slots = layer.rows, units_of(layer.inputs), workers
+    return launches.finish(sums, None if segment else scales, layer.scale, layer.output_block, x.dtype, slots)
+
+
+def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
+    levels = launches.levels(layer.arranged, layer.bits, layer.rows, units_of(layer.inputs))
+    if activations == "int8":
+        values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, "int8")
+        if not layer.segmented:
+            # cuBLAS wants sizes in multiples of eight, which whole units are; more than 16 tokens there always are
+            sums = torch._int_mm(values, levels.t())
+            return launches.finish(sums, scales, layer.scale, layer.output_block, x.dtype)
+        sums = portable.dense(levels, values, scales, None, layer.segment, len(levels))
+        return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
+    rotated, _ = launches.rotate(x, layer.input_scale, layer.input_block, False, "float32")
+    return launches.finish(_float_product(rotated, levels, x.dtype), None, layer.scale, layer.output_block, x.dtype)
+
+
+def _float_product(rotated: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 [M, N]: for 16-bit models a product of `dtype` with float32 sums; levels are exact in any dtype."""
+    if dtype == torch.float32:
+        return rotated @ levels.to(torch.float32).t()
+    # torch.mm can hand out its float32 sums since 2.8
+    return torch.mm(rotated.to(torch.bfloat16), levels.to(torch.bfloat16).t(), out_dtype=torch.float32)
+
+
+def _portable(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
+    values, scales = x.to(torch.float32), None
+    if layer.input_scale is not None:
+        values = portable.hadamard(values * layer.input_scale.to(torch.float32), layer.input_block)
+    if activations == "int8":
+        padded = torch.nn.functional.pad(values, (0, layer.padded_inputs - layer.inputs))
+        values, scales = portable.round_activations(padded, layer.segment)
+    if layer.code == "int8":
+        return portable.dense(weight, values, scales, layer.scale.to(torch.float32), layer.inputs, layer.outputs).to(x.dtype)
+    split = (layer.scale, layer.offset) if layer.code == "split" else None
+    segment = layer.segment if activations == "int8" or split else layer.padded_inputs
+    y = portable.packed(weight, layer.table, values.contiguous(), scales, layer.bits, layer.outputs, segment, split)
+    if split is None:
+        y = portable.hadamard(y, layer.output_block) * layer.scale.to(torch.float32)
+    return y.to(x.dtype)
+
+
+def dequantize(weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The weights a layer stands for: float32 [N, K]."""
+    columns = torch.eye(layer.padded_inputs, dtype=torch.float32, device=weight.device)
+    if layer.code == "int8":
+        inner = weight.to(torch.float32)
+    else:
+        split = (layer.scale, layer.offset) if layer.code == "split" else None
+        segment = layer.segment if split else layer.padded_inputs
+        table = layer.table if layer.table is not None else portable.level_table(weight.device)
+        inner = portable.packed(weight, table, columns, None, layer.bits, layer.outputs, segment, split).t()[:, : layer.inputs]
+    if layer.code == "split":
+        return inner.contiguous()
+    inner = portable.hadamard(inner.contiguous(), layer.input_block) * layer.input_scale.to(torch.float32)
+    rotated = portable.hadamard(inner.t().contiguous(), layer.output_block)
+    return (rotated * layer.scale.to(torch.float32)).t().contiguous()
+
+
+def embedding(
+    indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, signs: torch.Tensor, block: int
+) -> torch.Tensor:
+    """Rows of an int8 matrix, [count, K] in the dtype of `signs`; NaN for an index outside, since a GPU is not waited for.
+
+    Args:
+        indices: int32 or int64 [count].
+        weight, weight_scale, signs, block: as in `septet::embedding`.
+    """
+    if _uses_cuda(weight.device) and block <= launches.LARGEST_BLOCK:
+        return launches.embed(indices.contiguous(), weight, weight_scale, signs, block)
+    inside = (indices >= 0) & (indices < len(weight))
+    row = indices.clamp(0, len(weight) - 1)
+    scale = torch.where(inside, weight_scale[row].to(torch.float32), torch.nan)
+    rotated = portable.hadamard(weight[row].to(torch.float32) * scale[:, None], block)
+    return (rotated * signs.to(torch.float32)).to(signs.dtype)
