@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1: every code through the Triton kernels on the CPU, beside the reference. Prints what failed; status 1 if anything.
+"""Run with TRITON_INTERPRET=1: every code through the Triton kernels on the CPU, beside the reference. Status 1 if anything differs.
 
 A process of its own, because Triton decides when it is imported whether it interprets.
 """
@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import torch
-from layers import int8_layer, split_layer, trellis_layer
 
 import tolerances
+from layers import int8_layer, split_layer, trellis_layer
 from septet.gpu import layers as gpu
 from septet.kernels import LayerWeights, reference
 

@@ -15,10 +15,11 @@ from functools import cache
 
 from septet.errors import BackendUnavailableError
 
-__all__ = ["Kernel", "compile_source", "load_kernel", "obstacle"]
+__all__ = ["Kernel", "compile_source", "load_kernel", "obstacle", "shared_memory"]
 
 _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_A_SHARED_MEMORY_CALL = 48 << 10
 
@@ -129,27 +130,35 @@ class Kernel:
         function: CUfunction.
         types: the ctypes type of each parameter, in order.
         threads: of a block.
-        shared: bytes of dynamic shared memory.
+        shared: bytes of dynamic shared memory, at most.
     """
 
     def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int) -> None:
         self._function, self._types, self._threads, self._shared = function, types, threads, shared
         self._attribute = _Attribute(kind=_PROGRAMMATIC, value=1)
 
-    def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | None) -> None:
+    def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | ctypes.Structure | None, shared: int = 0) -> None:
         """Put a launch into a stream.
 
         Args:
             grid: blocks along x and y.
             stream: cudaStream_t.
             arguments: one for each parameter; addresses as integers.
+            shared: bytes of dynamic shared memory, 0 for what the kernel was loaded with.
         """
-        values = [kind(value) for kind, value in zip(self._types, arguments, strict=True)]
+        values = [value if isinstance(value, ctypes.Structure) else kind(value) for kind, value in zip(self._types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         configuration = _Configuration(
-            (*grid, 1), (self._threads, 1, 1), self._shared, stream, ctypes.pointer(self._attribute), 1
+            (*grid, 1), (self._threads, 1, 1), shared or self._shared, stream, ctypes.pointer(self._attribute), 1
         )
         _check_driver(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, pointers, None), "cuLaunchKernelEx")
+
+
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block can get on a device."""
+    value = ctypes.c_int()
+    _check_driver(_driver().cuDeviceGetAttribute(ctypes.byref(value), _SHARED_MEMORY_OF_A_BLOCK, device), "cuDeviceGetAttribute")
+    return value.value
 
 
 def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, shared: int = 0) -> Kernel:

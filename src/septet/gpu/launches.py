@@ -1,6 +1,6 @@
 """The CUDA kernels, compiled for the device at hand and launched on tensors: one function per kernel, shapes in, tensors out.
 
-Sources are product.cu and activations.cu beside this file. Each variant is compiled once per process, in about a second.
+Sources lie beside this file. Each variant is compiled once per process, in a second or two.
 """
 
 from __future__ import annotations
@@ -13,10 +13,22 @@ from pathlib import Path
 import torch
 
 from septet.codes.trellis import LEVEL_TABLE, WIDTHS
-from septet.gpu.driver import Kernel, compile_source, load_kernel
+from septet.gpu.driver import Kernel, compile_source, load_kernel, shared_memory
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "levels", "product", "rotate", "source_of"]
+__all__ = [
+    "LARGEST_BLOCK",
+    "MOST_TOKENS",
+    "embed",
+    "finish",
+    "levels",
+    "product",
+    "rotate",
+    "source_of",
+    "takes_whole_layer",
+    "trellis_source",
+    "whole_layer",
+]
 
 #: Tokens of one `product`.
 MOST_TOKENS = 16
@@ -24,14 +36,28 @@ MOST_TOKENS = 16
 LARGEST_BLOCK = 2048
 _THREADS = 256
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Of the level tables of two places.
 _TABLE_BYTES = 64 << 10
-#: Warps of a block of `product` and blocks on a multiprocessor, by (float, tokens > 8): what registers allow.
-_SHAPES = {(False, False): (16, 1), (False, True): (16, 1), (True, False): (16, 1), (True, True): (12, 1)}
-_HASH = 2
-_P, _I, _U, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_float
+#: Warps of a block; one block fills a multiprocessor. 128 registers a thread.
+_WARPS = 16
+#: `layer` takes inputs up to this many bytes, and tokens.
+_LAYER_INPUT_BYTES = 64 << 10
+_LAYER_TOKENS = 2
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+class _LayerArguments(ctypes.Structure):
+    """LayerArguments of layer.cu."""
+
+    _fields_ = [
+        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters")),
+        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift")),
+        *((name, _I) for name in ("input_block", "output_block")),
+        *((name, _F) for name in ("input_normal", "output_normal")),
+    ]
+
+
 _PARAMETERS = {
-    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _U),
-    "levels": (_P, _P, _I, _I, _U),
+    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I),
+    "levels": (_P, _P, _I, _I),
     "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
     "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
     "finish": (_P, _P, _P, _P, _I, _I, _F, _I, _I, _I, _I, _I, _I),
@@ -39,30 +65,27 @@ _PARAMETERS = {
 }
 
 
-def source_of(file: str, **macros: object) -> str:
-    """A kernel file with its macros defined.
+def _shift(segment: int | None) -> int:
+    """log2 of the units of a segment, -1 for one segment."""
+    return -1 if segment is None else (segment // UNIT_INPUTS).bit_length() - 1
+
+
+def source_of(*files: str, **macros: object) -> str:
+    """Kernel files, one after the other, with their macros defined.
 
     Args:
-        file: product.cu or activations.cu.
+        files: names of the .cu files beside this one.
         macros: name -> value.
     """
     lines = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join([*lines, (Path(__file__).parent / file).read_text()])
+    return "\n".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
-def product_source(bits: int, is_float: bool, many: bool, warps: int, blocks: int, hashing: int = _HASH) -> str:
-    """product.cu for a width, kind of activations and number of tokens."""
-    return source_of(
-        "product.cu",
-        BITS=bits,
-        MULTIPLIER=f"{WIDTHS[bits].multiplier}u",
-        LEVELS=",".join(map(str, LEVEL_TABLE)),
-        FLOAT=int(is_float),
-        TILES_OF_8=1 + many,
-        WARPS=warps,
-        BLOCKS_PER_SM=blocks,
-        HASH=hashing,
-    )
+def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0) -> str:
+    """decode.cu for a width, kind of activations and number of tokens, and the files that build on it."""
+    macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
+    macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": _WARPS, "PLACES": places}
+    return source_of("decode.cu", *files, **macros)
 
 
 @cache
@@ -76,18 +99,36 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _options(device: int) -> tuple[str, ...]:
+    return _architecture(device), "--std=c++17"
+
+
 @cache
-def _product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> tuple[Kernel, int]:
-    """The kernel and how many warps of it work at the same time."""
-    warps, blocks = _SHAPES[is_float, many]
-    image = compile_source(product_source(bits, is_float, many, warps, blocks), (_architecture(device), "--std=c++17"))
-    return load_kernel(image, name, _PARAMETERS[name], 32 * warps, _TABLE_BYTES), blocks * _processors(device)
+def _places(device: int) -> int:
+    """How many places of an operand have a table of their own."""
+    return 4 if shared_memory(device) >= 2 * _TABLE_BYTES + _LAYER_INPUT_BYTES else 2
+
+
+@cache
+def _product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
+    places = 2 if is_float else _places(device)
+    source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
+    shared = _TABLE_BYTES * places // 2
+    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], 32 * _WARPS, shared)
+
+
+@cache
+def _layer_kernel(device: int, bits: int, dtype: torch.dtype) -> tuple[Kernel, int]:
+    """The kernel and the bytes of its table."""
+    source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=_DTYPES[dtype])
+    kernel = load_kernel(compile_source(source, _options(device)), "layer", (_LayerArguments,), 32 * _WARPS, shared_memory(device))
+    return kernel, _TABLE_BYTES * _places(device) // 2
 
 
 @cache
 def _activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> Kernel:
-    source = source_of("activations.cu", E=each, DTYPE=_DTYPES[dtype])
-    return load_kernel(compile_source(source, (_architecture(device), "--std=c++17")), name, _PARAMETERS[name], _THREADS)
+    source = source_of("values.cu", "activations.cu", E=each, DTYPE=_DTYPES[dtype])
+    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], _THREADS)
 
 
 def _stream(device: int) -> int:
@@ -100,6 +141,11 @@ def _normal(block: int) -> float:
 
 def _each(block: int) -> int:
     return max(1, block // _THREADS)
+
+
+def _workers(device: int, units: int) -> int:
+    """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
+    return min(_processors(device) * _WARPS, units)
 
 
 def rotate(
@@ -159,25 +205,64 @@ def product(
     is_float = values.dtype == torch.float16
     tokens, padded = values.shape[-2:]
     units, device = padded // UNIT_INPUTS, values.device.index
-    kernel, blocks = _product_kernel(device, "product", bits, is_float, tokens > 8)
-    warps = _SHAPES[is_float, tokens > 8][0]
-    workers = min(blocks * warps, rows * units)
+    kernel, workers = _product_kernel(device, "product", bits, is_float, tokens > 8), _workers(device, rows * units)
     dtype = torch.float32 if is_float or segment else torch.int32
     slots = values.new_empty((workers + rows, tokens, 64), dtype=dtype)
-    shift = -1 if segment is None else (segment // UNIT_INPUTS).bit_length() - 1
     pointers = arranged.data_ptr(), values.data_ptr(), scales.data_ptr(), slots.data_ptr()
-    kernel.launch((-(-workers // warps), 1), _stream(device), *pointers, rows, units, tokens, workers, shift, 1 << 16)
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment))
     return slots, workers
+
+
+def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
+    """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
+    units = units_of(inputs) * -(-outputs // 64)
+    counted = (units + 1) * _workers(device, units) < 1 << 32
+    return tokens <= _LAYER_TOKENS and tokens * inputs <= _LAYER_INPUT_BYTES // 2 and max(blocks) <= 256 and inputs % 8 == 0 and counted
+
+
+def whole_layer(
+    x: torch.Tensor,
+    arranged: torch.Tensor,
+    bits: int,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    blocks: tuple[int, int],
+    segment: int | None,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """A trellis layer with int8 activations in one launch.
+
+    Args:
+        x: [M, K], where `takes_whole_layer`.
+        arranged: from `layout.arrange`.
+        bits: bits per pair.
+        scales: of inputs float16 [K], of outputs float16 [N].
+        blocks: Hadamard blocks of inputs and outputs.
+        segment: as for `product`.
+        counters: int32 zeros, at least one for 64 outputs. Two launches at the same time must not share them.
+
+    Returns:
+        [M, N].
+    """
+    device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    units, rows = units_of(inputs), -(-outputs // 64)
+    workers, (kernel, table) = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
+    y, slots = x.new_empty((tokens, outputs)), x.new_empty((workers + rows, tokens, 64), dtype=torch.int32)
+    pointers = (t.data_ptr() for t in (arranged, x, *scales, y, slots, counters))
+    sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment)
+    arguments = _LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
+    segments = 1 if segment is None else -(-inputs // segment)
+    shared = table + tokens * (units * UNIT_INPUTS + 4 * segments) + 4 * _WARPS
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arguments, shared=shared)
+    return y
 
 
 def levels(arranged: torch.Tensor, bits: int, rows: int, units: int) -> torch.Tensor:
     """Levels of packed weights: int8 [rows * 64, units * 64]."""
     device = arranged.device.index
     to = arranged.new_empty((rows * 64, units * UNIT_INPUTS), dtype=torch.int8)
-    kernel, blocks = _product_kernel(device, "levels", bits, False, False)
-    warps = _SHAPES[False, False][0]
-    blocks = min(blocks, -(-rows * units // warps))
-    kernel.launch((blocks, 1), _stream(device), arranged.data_ptr(), to.data_ptr(), rows, units, 1 << 16)
+    kernel, workers = _product_kernel(device, "levels", bits, False, False), _workers(device, rows * units)
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arranged.data_ptr(), to.data_ptr(), rows, units)
     return to
 
 

@@ -35,6 +35,7 @@ class Layer:
         scale, input_scale: float16, contiguous; scale of split in float32.
         offset: float32 or None.
         table: level table for `portable`, or None.
+        counters: int32 zeros for `launches.whole_layer`, or None. Because of them a layer must not run twice at the same time.
     """
 
     code: str
@@ -49,6 +50,7 @@ class Layer:
     input_scale: torch.Tensor | None
     offset: torch.Tensor | None
     table: torch.Tensor | None
+    counters: torch.Tensor | None
 
     @property
     def rows(self) -> int:
@@ -80,18 +82,19 @@ def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
     """
     weight, scale, input_scale, offset = tensors
     code, bits, inputs, outputs, input_block, output_block = sizes
-    arranged = table = None
+    arranged = table = counters = None
     fits = max(input_block, output_block) <= launches.LARGEST_BLOCK
     segment_fits = segment >= inputs or segment % 64 == 0
     if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device):
         arranged = arrange(weight.detach(), bits)
+        counters = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
     elif code != "int8":
         table = portable.level_table(weight.device)
     if code == "split":
         scale, offset = (None if t is None else t.detach().to(torch.float32).contiguous() for t in (scale, offset))
     else:
         scale, input_scale = (t.detach().to(torch.float16).clone() for t in (scale, input_scale))
-    return Layer(*sizes, segment, arranged, scale, input_scale, offset, table)
+    return Layer(*sizes, segment, arranged, scale, input_scale, offset, table, counters)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
@@ -115,6 +118,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str
 
 
 def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
+    blocks = layer.input_block, layer.output_block
+    if activations == "int8" and launches.takes_whole_layer(*x.shape, layer.outputs, blocks, x.device.index):
+        scales, segment = (layer.input_scale, layer.scale), layer.segment if layer.segmented else None
+        return launches.whole_layer(x, layer.arranged, layer.bits, scales, blocks, segment, layer.counters)
     kind = "int8" if activations == "int8" else "halves"
     values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, kind)
     segment = layer.segment if layer.segmented else None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from septet.codes.tile import TILE_INPUTS
 from septet.codes.trellis import LEVEL_TABLE, WIDTHS
 from septet.gpu import triton_kernels as kernels
 
-__all__ = ["dense", "hadamard", "packed", "round_activations"]
+__all__ = ["dense", "hadamard", "level_table", "packed", "round_activations"]
 
 _OUTPUTS, _TOKENS, _PAIRS = 64, 16, 32
 
@@ -34,7 +35,7 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
         pairs = values.reshape(len(x), -1, 2, half)
         values = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
         half *= 2
-    return values.reshape(x.shape) * torch.tensor(1 / math.sqrt(block), dtype=torch.float32, device=x.device)
+    return values.reshape(x.shape) * float(np.float32(1 / math.sqrt(block)))
 
 
 def round_activations(x: torch.Tensor, segment: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,10 +53,9 @@ def round_activations(x: torch.Tensor, segment: int) -> tuple[torch.Tensor, torc
     # amax passes NaN on
     largest = padded.abs().amax(dim=2)
     finite = torch.isfinite(largest)
-    limit = torch.tensor(127, dtype=torch.float32, device=x.device)
-    rounded = torch.round(padded * (limit / largest)[:, :, None]).clamp(-127, 127)
+    rounded = torch.round(padded * (torch.full_like(largest, 127) / largest)[:, :, None]).clamp(-127, 127)
     whole = torch.where(finite[:, :, None] & (padded != 0), rounded, 0).to(torch.int8)
-    scale = torch.where(finite, largest / limit, torch.nan)
+    scale = torch.where(finite, largest / torch.full_like(largest, 127), torch.nan)
     return whole.reshape(len(x), -1)[:, : x.shape[1]].contiguous(), scale
 
 

@@ -134,7 +134,10 @@ def _check_input(x: torch.Tensor, description: LayerDescription) -> None:
     raise ShapeError(wanted, f"{x.dtype} {list(x.shape)}", "check in_features and the dtype of the model")
 
 
-_IMPLEMENTATIONS = (("linear", _linear_cpu, _linear_cuda, _linear_fake), ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake))
+_IMPLEMENTATIONS = (
+    ("linear", _linear_cpu, _linear_cuda, _linear_fake),
+    ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
+)
 
 for _name, _cpu, _cuda, _fake in _IMPLEMENTATIONS:
     LIBRARY.impl(_name, _cpu, "CPU")

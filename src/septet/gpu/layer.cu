@@ -1,0 +1,192 @@
+// A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of slots, rotation of the
+// outputs. Follows decode.cu (with FLOAT 0 and TILES_OF_8 1) and values.cu.
+//
+// Every block of threads rotates the inputs its own units need, which is cheaper than a launch that does it once. The warp that
+// completes the last slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is
+// last decides who works, and never what comes out. Counters are zero between launches: whoever reads the last one clears it.
+//
+// A warp rotates 256 values at a time, 8 of a lane: strides 1, 2, 4 stay in the lane, 8 .. 128 go through shuffles.
+
+constexpr int kChunk = 256, kChunkUnits = kChunk / 64;
+
+__device__ __forceinline__ void rotate_chunk(float (&v)[8], int block, float normal, int lane) {
+    #pragma unroll
+    for (int h = 1; h < 8; h *= 2)
+        if (h < block) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (!(i & h)) {
+                    const float a = v[i], b = v[i + h];
+                    v[i] = __fadd_rn(a, b);
+                    v[i + h] = __fadd_rn(a, -b);
+                }
+        }
+    #pragma unroll
+    for (int h = 8; h < kChunk; h *= 2)
+        if (h < block) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
+        }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], normal);
+}
+
+struct LayerArguments {
+    const u32* weights;
+    const Value* x;
+    const u16 *input_scale, *output_scale;
+    Value* y;
+    u32 *slots, *counters;
+    int inputs, outputs, units, rows, tokens, workers, segment_shift, input_block, output_block;
+    float input_normal, output_normal;
+};
+
+// 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
+__device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArguments& l, int token, int chunk, int lane) {
+    const int k = chunk * kChunk + lane * 8;
+    // `inputs` is a multiple of 8
+    __align__(16) Value x[8] = {};
+    __align__(16) u16 scale[8] = {};
+    if (k < l.inputs) {
+        #pragma unroll
+        for (int i = 0; i < (int)sizeof(x) / 16; i++) ((uint4*)x)[i] = ((const uint4*)(l.x + (size_t)token * l.inputs + k))[i];
+        *(uint4*)scale = *(const uint4*)(l.input_scale + k);
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(read(x[i]), of_half(scale[i]));
+    rotate_chunk(v, l.input_block, l.input_normal, lane);
+    u32 top = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) top = max(top, magnitude(v[i]));
+    const int lanes = l.segment_shift >= 0 ? min(l.input_block, kChunk) / 8 : 32;
+    for (int h = 1; h < lanes; h *= 2) top = max(top, __shfl_xor_sync(~0u, top, h));
+    return top;
+}
+
+// int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
+__device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count, int segments) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
+    const bool by_token = l.segment_shift < 0;
+    float v[8];
+    for (int token = 0; token < l.tokens; token++) {
+        u32 whole = 0;
+        if (by_token) {
+            for (int chunk = warp; chunk < chunks; chunk += WARPS) whole = max(whole, rotated_inputs(v, l, token, chunk, lane));
+            if (lane == 0) tops[warp] = whole;
+            __syncthreads();
+            for (int i = 0; i < WARPS; i++) whole = max(whole, tops[i]);
+            if (threadIdx.x == 0) scales[token] = Rounding(whole, true).scale;
+            __syncthreads();
+        }
+        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+            const int begin = chunk * kChunkUnits;
+            int ahead = begin - first;
+            if (ahead < 0) ahead += l.units;
+            if (ahead >= count && ahead <= l.units - kChunkUnits) continue;
+            const u32 top = rotated_inputs(v, l, token, chunk, lane);
+            const Rounding rounding(by_token ? whole : top, true);
+            const int k = chunk * kChunk + lane * 8;
+            if (k >= 64 * l.units) continue;
+            u32 packed[2] = {0, 0};
+            #pragma unroll
+            for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
+            *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
+            if (!by_token && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
+        }
+    }
+}
+
+__device__ __forceinline__ u32 worker_at(u32 unit, u32 all, u32 workers) { return ((unit + 1) * workers - 1) / all; }
+
+// The outputs of `group`, 256 at most, of one token: 8 of a lane.
+__device__ __forceinline__ void finish_group(const LayerArguments& l, int group, int group_rows, u32 all, const float* scales, int lane) {
+    const int row = group * group_rows + lane / 8, o = row * 64 + lane % 8 * 8;
+    const bool mine = lane / 8 < group_rows && row < l.rows;
+    const u32 from = mine ? worker_at(row * l.units, all, l.workers) : 1, to = mine ? worker_at((row + 1) * l.units - 1, all, l.workers) : 0;
+    for (int token = 0; token < l.tokens; token++) {
+        float v[8] = {};
+        int whole[8] = {};
+        #pragma unroll 4
+        for (u32 w = from; w <= to; w++) {
+            const uint4* slot = (const uint4*)(l.slots + ((size_t)(w + row) * l.tokens + token) * 64 + lane % 8 * 8);
+            const uint4 low = __ldcg(slot), high = __ldcg(slot + 1);
+            const u32 eight[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (l.segment_shift < 0) whole[i] += (int)eight[i];
+                else v[i] = __fadd_rn(v[i], __uint_as_float(eight[i]));
+            }
+        }
+        if (l.segment_shift < 0) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) v[i] = __fmul_rn(scales[token], (float)whole[i]);
+        }
+        rotate_chunk(v, l.output_block, l.output_normal, lane);
+        if (mine) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (o + i < l.outputs) l.y[(size_t)token * l.outputs + o + i] = write(__fmul_rn(v[i], of_half(l.output_scale[o + i])));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const LayerArguments l) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, worker = blockIdx.x * WARPS + (threadIdx.x >> 5);
+    const u32 all = l.rows * l.units;
+    u32 at = all * worker / l.workers;
+    const u32 end = worker < l.workers ? all * (worker + 1) / l.workers : at;
+    u32 w[kWords], next[kWords];
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (at < end) load_unit(w, l.weights + (size_t)at * kUnitWords, lane);
+    fill_table();
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const bool segmented = l.segment_shift >= 0;
+    const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
+    i8* values = (i8*)(table + kTableWords);
+    float* scales = (float*)(values + (size_t)l.tokens * 64 * l.units);
+    const u32 block_begin = all * (blockIdx.x * WARPS) / l.workers, block_end = all * min((blockIdx.x + 1) * WARPS, (u32)l.workers) / l.workers;
+    prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);
+    __syncthreads();
+    int row = at / l.units, unit = at % l.units;
+    const int group_rows = max(1, l.output_block / 64);
+    Sums sums;
+    sums.clear();
+    float total[1][4][4] = {};
+    for (; at < end; at++) {
+        Inputs x;
+        uint4 four = make_uint4(0, 0, 0, 0);
+        if (g < l.tokens) four = *(const uint4*)(values + (size_t)g * 64 * l.units + unit * 64 + t * 16);
+        x[0][0][0] = four.x; x[0][0][1] = four.y; x[0][0][2] = four.z; x[0][0][3] = four.w;
+        if (at + 1 < end) load_unit(next, l.weights + (size_t)(at + 1) * kUnitWords, lane);
+        multiply_unit(sums, w, x, lane);
+        const bool last = unit + 1 == l.units || at + 1 == end;
+        if (segmented && (last || (unit + 1 & segment_mask) == 0)) scale_segment(total, sums, scales, unit >> l.segment_shift, segments, l.tokens, lane);
+        if (last) {
+            u32* slot = l.slots + (size_t)(worker + row) * l.tokens * 64;
+            if (segmented) {
+                store_slot(slot, total, l.tokens, lane);
+                #pragma unroll
+                for (int i = 0; i < 16; i++) (&total[0][0][0])[i] = 0;
+            } else {
+                store_slot(slot, sums.of, l.tokens, lane);
+                sums.clear();
+            }
+            __threadfence();
+            __syncwarp();
+            const int group = row / group_rows, first_row = group * group_rows, end_row = min(first_row + group_rows, l.rows);
+            u32 before = 0;
+            if (lane == 0) before = atomicAdd(l.counters + group, 1);
+            before = __shfl_sync(~0u, before, 0);
+            u32 expected = 0;
+            for (int r = first_row; r < end_row; r++) expected += worker_at((r + 1) * l.units - 1, all, l.workers) - worker_at(r * l.units, all, l.workers) + 1;
+            if (before + 1 == expected) {
+                __threadfence();
+                finish_group(l, group, group_rows, all, scales, lane);
+                if (lane == 0) l.counters[group] = 0;
+            }
+        }
+        if (++unit == l.units) { unit = 0; row++; }
+        #pragma unroll
+        for (int i = 0; i < kWords; i++) w[i] = next[i];
+    }
+}
