@@ -18,7 +18,7 @@ _PACKED = {
 }  # fmt: skip
 _DENSE = {
     "weights": "*i8", "x": "*i8", "x_scale": "*fp32", "row_scale": "*fp32", "y": "*fp32", "inputs": "i32", "outputs": "i32",
-    "tokens": "i32", "segment": "i32", "segments": "i32", "x_stride": "i32", "weight_stride": "i32", "y_stride": "i32",
+    "tokens": "i32", "segments": "i32", "x_stride": "i32", "weight_stride": "i32", "y_stride": "i32",
 }  # fmt: skip
 
 
@@ -26,13 +26,13 @@ def variants() -> list[tuple[str, object, dict, dict]]:
     """Name, kernel, argument types and constants."""
     sizes = {"OUTPUTS": 64, "TOKENS": 16, "PAIRS": 32}
     trellis = {"BITS": 7, "MULTIPLIER": WIDTHS[7].multiplier, "SPLIT": False, "OFFSET": False, "FLOAT": False} | sizes
-    dense = {"ROW_SCALE": True, "FLOAT": False, "OUTPUTS": 64, "TOKENS": 16, "INPUTS": 128, "GROUP": 8}
+    dense = {"ROW_SCALE": True, "FLOAT": False, "SEGMENTED": False, "OUTPUTS": 64, "TOKENS": 16, "INPUTS": 128, "GROUP": 8}
     return [
         ("trellis", kernels.packed_product, _PACKED, trellis),
         ("trellis, float", kernels.packed_product, _PACKED | {"x": "*fp32"}, trellis | {"FLOAT": True}),
         ("split", kernels.packed_product, _PACKED, trellis | {"SPLIT": True, "OFFSET": True}),
         ("dense", kernels.dense_product, _DENSE, dense),
-        ("dense, many tokens", kernels.dense_product, _DENSE, dense | {"ROW_SCALE": False, "OUTPUTS": 128, "TOKENS": 128}),
+        ("dense, many tokens", kernels.dense_product, _DENSE, dense | {"ROW_SCALE": False, "SEGMENTED": True, "OUTPUTS": 128, "TOKENS": 128}),
     ]
 
 

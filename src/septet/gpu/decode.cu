@@ -20,7 +20,10 @@ constexpr int kPlaces = FLOAT ? 2 : PLACES;   // with a table of their own
 constexpr int kTableWords = 256 * 32 * kPlaces;   // [place / 2][index byte][place % 2][lane]
 __constant__ signed char kLevels[128] = {LEVELS};
 
-extern __shared__ __align__(16) u32 table[];
+// Where the tables begin in shared memory: a multiple of 65536, so that addresses are put together from bytes. What lies below is for
+// the kernel; a launch asks for shared memory up to the end of the tables.
+constexpr u32 kTableAt = 65536;
+extern __shared__ __align__(16) u32 shared_memory[];
 
 __device__ __forceinline__ u16 half_of(float value) {
     u16 bits;
@@ -35,7 +38,7 @@ __device__ __forceinline__ void fill_table() {
         u32 word = FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF;
         const int place = (i >> 3 & 1) + (i >> 12) * 2;
         word <<= place * (FLOAT ? 16 : 8);
-        ((uint4*)table)[i] = make_uint4(word, word, word, word);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i), "r"(word) : "memory");
     }
 }
 
@@ -72,23 +75,42 @@ __device__ __forceinline__ u32 raw_window(const u32* a, int offset) {
     return __funnelshift_r(a[i], a[i + 1], s);
 }
 
+// A word of the table, from an address in shared memory.
+__device__ __forceinline__ u32 table_word(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
+}
+
+// What `look_up` puts around an index byte to make an address: 4 * lane, and above it where the tables of places 0 and 2 begin.
+__device__ __forceinline__ u32 address_parts(int lane) { return 4 * lane | kTableAt >> 8 | (kTableAt >> 16) + 1 << 16; }
+
 // Levels of pair `p` of a stream, the first at an even place and the second one place up. `place` is that of the first.
-__device__ __forceinline__ void look_up(const u32* a, int p, int place, u32 lane4, u32& first, u32& second) {
+__device__ __forceinline__ void look_up(const u32* a, int p, int place, u32 parts, u32& first, u32& second) {
     const int offset = BITS * p;
     const u32 raw = raw_window(a, offset);
     // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
+#if DIAG & 2
+    const u32 h = raw * MULTIPLIER;
+#else
     const u32 h = ((offset & 31) == 16 ? raw : raw & 0xFFFF) * MULTIPLIER;
-    const char* from = (const char*)table + place / 2 * 65536;
-    first = *(const u32*)(from + __byte_perm(h, lane4, 0x5524));
-    second = *(const u32*)(from + 128 + __byte_perm(h, lane4, 0x5534));
+#endif
+    const u32 at = place ? 0x7624 : 0x7524;
+#if DIAG & 1
+    first = __byte_perm(h, parts, at);
+    second = __byte_perm(h, parts, at + 0x10);
+#else
+    first = table_word(__byte_perm(h, parts, at));
+    second = table_word(__byte_perm(h, parts, at + 0x10) + 128);
+#endif
 }
 
 #if !FLOAT
 // The four levels of an output.
-__device__ __forceinline__ u32 four(const u32* stream, int output, u32 lane4) {
+__device__ __forceinline__ u32 four(const u32* stream, int output, u32 parts) {
     u32 e[4];
-    look_up(stream, 2 * output, 0, lane4, e[0], e[1]);
-    look_up(stream, 2 * output + 1, kPlaces == 4 ? 2 : 0, lane4, e[2], e[3]);
+    look_up(stream, 2 * output, 0, parts, e[0], e[1]);
+    look_up(stream, 2 * output + 1, kPlaces == 4 ? 2 : 0, parts, e[2], e[3]);
     return (e[0] | e[1]) | (e[2] | e[3]) << (kPlaces == 4 ? 0 : 16);
 }
 #endif
@@ -157,47 +179,55 @@ __device__ __forceinline__ void load_inputs(Inputs& x, const u32* inputs, int un
             }
 }
 
-__device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords], const Inputs& x, int lane) {
-    const u32 lane4 = 4 * lane;
-    #pragma unroll
+// Two tiles of each lane after the other: `w` and `x` are used up. Not unrolled, since a loop that fits the small instruction cache of
+// a quarter of a multiprocessor is faster than one without the moves at its end.
+__device__ __forceinline__ void multiply_unit(Sums& sums, u32 (&w)[kWords], Inputs& x, int lane) {
+    const u32 parts = address_parts(lane);
+    #pragma unroll 1
     for (int q = 0; q < 2; q++) {
         u32 a[5], b[5];
-        chunks(w + BITS * q, lane, a, b);
+        chunks(w, lane, a, b);
         #pragma unroll
         for (int j = 0; j < 4; j++)
             #pragma unroll
             for (int i = 0; i < 2; i++) {
 #if FLOAT
-                // pairs 0 and 1 of outputs 2j and 2j+1, of tile 2q + i
-                const u32* stream = i ? b : a;
-                const int c = 2 * (2 * q + i);
+                // pairs 0 and 1 of outputs 2j and 2j+1, of tile i
                 u32 e[4][2];
                 #pragma unroll
-                for (int p = 0; p < 4; p++) look_up(stream, 4 * j + p, 0, lane4, e[p][0], e[p][1]);
+                for (int p = 0; p < 4; p++) look_up(i ? b : a, 4 * j + p, 0, parts, e[p][0], e[p][1]);
                 #pragma unroll
                 for (int n = 0; n < TILES_OF_8; n++)
                     #pragma unroll
                     for (int part = 0; part < kXParts; part++)
                         #pragma unroll
                         for (int place = 0; place < 2; place++)
-                            multiply(sums.of[n][j], e[0][place], e[2][place], e[1][place], e[3][place], x[n][part][c], x[n][part][c + 1]);
+                            multiply(sums.of[n][j], e[0][place], e[2][place], e[1][place], e[3][place], x[n][part][2 * i], x[n][part][2 * i + 1]);
 #elif PLACES == 4
-                // pair i of outputs 2j and 2j+1, of tiles 2q and 2q+1
+                // pair i of outputs 2j and 2j+1, of both tiles
                 u32 e[4][2];
                 #pragma unroll
-                for (int p = 0; p < 4; p++) look_up(p < 2 ? a : b, 2 * (2 * j + (p & 1)) + i, 2 * i, lane4, e[p][0], e[p][1]);
+                for (int p = 0; p < 4; p++) look_up(p < 2 ? a : b, 2 * (2 * j + (p & 1)) + i, 2 * i, parts, e[p][0], e[p][1]);
                 #pragma unroll
                 for (int n = 0; n < TILES_OF_8; n++)
                     #pragma unroll
                     for (int place = 0; place < 2; place++)
-                        multiply(sums.of[n][j], e[0][place], e[1][place], e[2][place], e[3][place], x[n][0][2 * q], x[n][0][2 * q + 1]);
+                        multiply(sums.of[n][j], e[0][place], e[1][place], e[2][place], e[3][place], x[n][0][0], x[n][0][1]);
 #else
                 if (i) continue;
-                const u32 e0 = four(a, 2 * j, lane4), e1 = four(a, 2 * j + 1, lane4), e2 = four(b, 2 * j, lane4), e3 = four(b, 2 * j + 1, lane4);
+                const u32 e0 = four(a, 2 * j, parts), e1 = four(a, 2 * j + 1, parts), e2 = four(b, 2 * j, parts), e3 = four(b, 2 * j + 1, parts);
                 #pragma unroll
-                for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][2 * q], x[n][0][2 * q + 1]);
+                for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][0], x[n][0][1]);
 #endif
             }
+        #pragma unroll
+        for (int i = 0; i < BITS; i++) w[i] = w[BITS + i];
+        #pragma unroll
+        for (int n = 0; n < TILES_OF_8; n++)
+            #pragma unroll
+            for (int part = 0; part < kXParts; part++)
+                #pragma unroll
+                for (int i = 0; i < kXWords / 2; i++) x[n][part][i] = x[n][part][kXWords / 2 + i];
     }
 }
 

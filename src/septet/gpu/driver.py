@@ -130,26 +130,25 @@ class Kernel:
         function: CUfunction.
         types: the ctypes type of each parameter, in order.
         threads: of a block.
-        shared: bytes of dynamic shared memory, at most.
+        shared: bytes of dynamic shared memory.
     """
 
     def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int) -> None:
         self._function, self._types, self._threads, self._shared = function, types, threads, shared
         self._attribute = _Attribute(kind=_PROGRAMMATIC, value=1)
 
-    def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | ctypes.Structure | None, shared: int = 0) -> None:
+    def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | ctypes.Structure | None) -> None:
         """Put a launch into a stream.
 
         Args:
             grid: blocks along x and y.
             stream: cudaStream_t.
             arguments: one for each parameter; addresses as integers.
-            shared: bytes of dynamic shared memory, 0 for what the kernel was loaded with.
         """
         values = [value if isinstance(value, ctypes.Structure) else kind(value) for kind, value in zip(self._types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         configuration = _Configuration(
-            (*grid, 1), (self._threads, 1, 1), shared or self._shared, stream, ctypes.pointer(self._attribute), 1
+            (*grid, 1), (self._threads, 1, 1), self._shared, stream, ctypes.pointer(self._attribute), 1
         )
         _check_driver(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, pointers, None), "cuLaunchKernelEx")
 

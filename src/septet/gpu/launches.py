@@ -20,6 +20,7 @@ __all__ = [
     "LARGEST_BLOCK",
     "MOST_TOKENS",
     "embed",
+    "fits",
     "finish",
     "levels",
     "product",
@@ -40,8 +41,9 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TABLE_BYTES = 64 << 10
 #: Warps of a block; one block fills a multiprocessor. 128 registers a thread.
 _WARPS = 16
-#: `layer` takes inputs up to this many bytes, and tokens.
-_LAYER_INPUT_BYTES = 64 << 10
+#: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs of `layer`.
+_TABLE_AT = 64 << 10
+_LAYER_INPUT_BYTES = 63 << 10
 _LAYER_TOKENS = 2
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 class _LayerArguments(ctypes.Structure):
@@ -106,23 +108,27 @@ def _options(device: int) -> tuple[str, ...]:
 @cache
 def _places(device: int) -> int:
     """How many places of an operand have a table of their own."""
-    return 4 if shared_memory(device) >= 2 * _TABLE_BYTES + _LAYER_INPUT_BYTES else 2
+    return 4 if shared_memory(device) >= _TABLE_AT + 2 * _TABLE_BYTES else 2
+
+
+def fits(device: int) -> bool:
+    """Whether a block of threads can have shared memory for the tables; otherwise nothing but rotations can run."""
+    return shared_memory(device) >= _TABLE_AT + _TABLE_BYTES
 
 
 @cache
 def _product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
     places = 2 if is_float else _places(device)
     source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
-    shared = _TABLE_BYTES * places // 2
+    shared = _TABLE_AT + _TABLE_BYTES * places // 2
     return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], 32 * _WARPS, shared)
 
 
 @cache
-def _layer_kernel(device: int, bits: int, dtype: torch.dtype) -> tuple[Kernel, int]:
-    """The kernel and the bytes of its table."""
+def _layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
     source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=_DTYPES[dtype])
-    kernel = load_kernel(compile_source(source, _options(device)), "layer", (_LayerArguments,), 32 * _WARPS, shared_memory(device))
-    return kernel, _TABLE_BYTES * _places(device) // 2
+    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
+    return load_kernel(compile_source(source, _options(device)), "layer", (_LayerArguments,), 32 * _WARPS, shared)
 
 
 @cache
@@ -217,7 +223,9 @@ def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int,
     """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
     units = units_of(inputs) * -(-outputs // 64)
     counted = (units + 1) * _workers(device, units) < 1 << 32
-    return tokens <= _LAYER_TOKENS and tokens * inputs <= _LAYER_INPUT_BYTES // 2 and max(blocks) <= 256 and inputs % 8 == 0 and counted
+    # int8 inputs, at most one float32 scale for 64 of them, and a word per warp
+    shared = tokens * units_of(inputs) * (UNIT_INPUTS + 4) + 4 * _WARPS
+    return tokens <= _LAYER_TOKENS and shared <= _LAYER_INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
 
 
 def whole_layer(
@@ -246,14 +254,12 @@ def whole_layer(
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     units, rows = units_of(inputs), -(-outputs // 64)
-    workers, (kernel, table) = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
+    workers, kernel = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
     y, slots = x.new_empty((tokens, outputs)), x.new_empty((workers + rows, tokens, 64), dtype=torch.int32)
     pointers = (t.data_ptr() for t in (arranged, x, *scales, y, slots, counters))
     sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment)
     arguments = _LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
-    segments = 1 if segment is None else -(-inputs // segment)
-    shared = table + tokens * (units * UNIT_INPUTS + 4 * segments) + 4 * _WARPS
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arguments, shared=shared)
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arguments)
     return y
 
 

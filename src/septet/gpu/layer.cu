@@ -21,12 +21,11 @@ __device__ __forceinline__ void rotate_chunk(float (&v)[8], int block, float nor
                     v[i + h] = __fadd_rn(a, -b);
                 }
         }
-    #pragma unroll
-    for (int h = 8; h < kChunk; h *= 2)
-        if (h < block) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
-        }
+    #pragma unroll 1
+    for (int h = 8; h < block; h *= 2) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
+    }
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], normal);
 }
@@ -63,35 +62,44 @@ __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArgument
     return top;
 }
 
+__device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token, int chunk, int segments, int lane) {
+    const Rounding rounding(top, true);
+    const int k = chunk * kChunk + lane * 8;
+    if (k >= 64 * l.units) return;
+    u32 packed[2] = {0, 0};
+    #pragma unroll
+    for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
+    *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
+    if (l.segment_shift >= 0 && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
+}
+
 // int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
 __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count, int segments) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
     const bool by_token = l.segment_shift < 0;
-    float v[8];
+    #pragma unroll 1
     for (int token = 0; token < l.tokens; token++) {
         u32 whole = 0;
-        if (by_token) {
-            for (int chunk = warp; chunk < chunks; chunk += WARPS) whole = max(whole, rotated_inputs(v, l, token, chunk, lane));
-            if (lane == 0) tops[warp] = whole;
-            __syncthreads();
-            for (int i = 0; i < WARPS; i++) whole = max(whole, tops[i]);
-            if (threadIdx.x == 0) scales[token] = Rounding(whole, true).scale;
-            __syncthreads();
-        }
-        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-            const int begin = chunk * kChunkUnits;
-            int ahead = begin - first;
-            if (ahead < 0) ahead += l.units;
-            if (ahead >= count && ahead <= l.units - kChunkUnits) continue;
-            const u32 top = rotated_inputs(v, l, token, chunk, lane);
-            const Rounding rounding(by_token ? whole : top, true);
-            const int k = chunk * kChunk + lane * 8;
-            if (k >= 64 * l.units) continue;
-            u32 packed[2] = {0, 0};
-            #pragma unroll
-            for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
-            *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
-            if (!by_token && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
+        // one scale per token takes two passes: the first only looks for the largest magnitude
+        #pragma unroll 1
+        for (int pass = by_token ? 0 : 1; pass < 2; pass++) {
+            #pragma unroll 1
+            for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+                int ahead = chunk * kChunkUnits - first;
+                if (ahead < 0) ahead += l.units;
+                if (pass && ahead >= count && ahead <= l.units - kChunkUnits) continue;
+                float v[8];
+                const u32 top = rotated_inputs(v, l, token, chunk, lane);
+                if (pass == 0) whole = max(whole, top);
+                else store_inputs(values, scales, v, by_token ? whole : top, l, token, chunk, segments, lane);
+            }
+            if (pass == 0) {
+                if (lane == 0) tops[warp] = whole;
+                __syncthreads();
+                for (int i = 0; i < WARPS; i++) whole = max(whole, tops[i]);
+                if (threadIdx.x == 0) scales[token] = Rounding(whole, true).scale;
+                __syncthreads();
+            }
         }
     }
 }
@@ -106,7 +114,7 @@ __device__ __forceinline__ void finish_group(const LayerArguments& l, int group,
     for (int token = 0; token < l.tokens; token++) {
         float v[8] = {};
         int whole[8] = {};
-        #pragma unroll 4
+        #pragma unroll 2
         for (u32 w = from; w <= to; w++) {
             const uint4* slot = (const uint4*)(l.slots + ((size_t)(w + row) * l.tokens + token) * 64 + lane % 8 * 8);
             const uint4 low = __ldcg(slot), high = __ldcg(slot + 1);
@@ -142,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const LayerArg
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const bool segmented = l.segment_shift >= 0;
     const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
-    i8* values = (i8*)(table + kTableWords);
+    i8* values = (i8*)shared_memory;
     float* scales = (float*)(values + (size_t)l.tokens * 64 * l.units);
     const u32 block_begin = all * (blockIdx.x * WARPS) / l.workers, block_end = all * min((blockIdx.x + 1) * WARPS, (u32)l.workers) / l.workers;
     prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);

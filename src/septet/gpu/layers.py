@@ -85,7 +85,7 @@ def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
     arranged = table = counters = None
     fits = max(input_block, output_block) <= launches.LARGEST_BLOCK
     segment_fits = segment >= inputs or segment % 64 == 0
-    if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device):
+    if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device) and launches.fits(weight.device.index):
         arranged = arrange(weight.detach(), bits)
         counters = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
     elif code != "int8":
@@ -138,7 +138,10 @@ def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tenso
             # cuBLAS wants sizes in multiples of eight, which whole units are; more than 16 tokens there always are
             sums = torch._int_mm(values, levels.t())
             return launches.finish(sums, scales, layer.scale, layer.output_block, x.dtype)
-        sums = portable.dense(levels, values, scales, None, layer.segment, len(levels))
+        # larger segments than the dense product takes are cut, and each piece gets the scale of the whole
+        segment = min(layer.segment, 256)
+        scales = scales.repeat_interleave(layer.segment // segment, dim=1)
+        sums = portable.dense(levels, values, scales, None, segment, len(levels))
         return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
     rotated, _ = launches.rotate(x, layer.input_scale, layer.input_block, False, "float32")
     return launches.finish(_float_product(rotated, levels, x.dtype), None, layer.scale, layer.output_block, x.dtype)

@@ -18,6 +18,10 @@ from septet.gpu import triton_kernels as kernels
 __all__ = ["dense", "hadamard", "level_table", "packed", "round_activations"]
 
 _OUTPUTS, _TOKENS, _PAIRS = 64, 16, 32
+#: Of `dense`: tokens, outputs and inputs of a program, and how Triton compiles it; measured on an H100.
+_FEW_TOKENS = (16, 64, 256), {"num_warps": 4, "num_stages": 4}
+_MANY_TOKENS = (128, 128, 128), {"num_warps": 8, "num_stages": 3}
+_FLOAT_BLOCK = (16, 64, 32), {"num_warps": 4, "num_stages": 3}
 
 
 def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -130,7 +134,7 @@ def dense(
         x: [M, K], int8 with `x_scale`, float32 without.
         x_scale: float32 [M, segments] or None.
         row_scale: float32 [N], applied last, or None.
-        segment: inputs that share an activation scale: a multiple of 32, or all of them.
+        segment: inputs that share an activation scale: a power of two, 32 to 256, or all of them.
         outputs: N.
 
     Returns:
@@ -139,18 +143,14 @@ def dense(
     tokens, inputs = x.shape
     segments = -(-inputs // segment)
     y = torch.empty((tokens, outputs), dtype=torch.float32, device=x.device)
-    # Shipped configurations, measured on an H100: (tokens, outputs, inputs) of a program, warps, stages.
-    few, is_float = tokens <= 32, x_scale is None
-    block, options = ((16, 64, 256), {"num_warps": 4, "num_stages": 4}) if few else ((128, 256, 128), {"num_warps": 8, "num_stages": 3})
-    if is_float:
-        block, options = (16, 64, 32), {"num_warps": 4, "num_stages": 3}
-    step = block[2]
-    while segments > 1 and segment % step:
-        step //= 2
+    is_float = x_scale is None
+    block, options = _FLOAT_BLOCK if is_float else _FEW_TOKENS if tokens <= 32 else _MANY_TOKENS
+    if segments > 1 and not is_float:
+        block = *block[:2], segment
     grid = (-(-outputs // block[1]) * -(-tokens // block[0]),)
     kernels.dense_product[grid](
-        weight, x, x_scale, row_scale, y, inputs, outputs, tokens, segment, segments, x.stride(0), weight.stride(0), y.stride(0),
-        ROW_SCALE=row_scale is not None, FLOAT=is_float, TOKENS=block[0], OUTPUTS=block[1], INPUTS=step, GROUP=8,
-        enable_fp_fusion=False, **options,
+        weight, x, x_scale, row_scale, y, inputs, outputs, tokens, segments, x.stride(0), weight.stride(0), y.stride(0),
+        ROW_SCALE=row_scale is not None, FLOAT=is_float, SEGMENTED=segments > 1 and not is_float,
+        TOKENS=block[0], OUTPUTS=block[1], INPUTS=block[2], GROUP=8, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return y

@@ -68,9 +68,10 @@ levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int un
         chunks(w, lane, a, b);
         chunks(w + BITS, lane, c, d);
         const int row = at / units, unit = at % units;
+        const u32 parts = address_parts(lane);
         #pragma unroll
         for (int o = 0; o < 8; o++)
-            to[(((size_t)row * 64 + 8 * g + o) * units + unit) * 4 + t] = make_uint4(four(a, o, 4 * lane), four(b, o, 4 * lane), four(c, o, 4 * lane), four(d, o, 4 * lane));
+            to[(((size_t)row * 64 + 8 * g + o) * units + unit) * 4 + t] = make_uint4(four(a, o, parts), four(b, o, parts), four(c, o, parts), four(d, o, parts));
     }
 }
 #endif

@@ -91,10 +91,11 @@ def packed_product(
 
 @triton.jit
 def dense_product(
-    weights, x, x_scale, row_scale, y, inputs, outputs, tokens, segment, segments, x_stride, weight_stride, y_stride,
-    ROW_SCALE: tl.constexpr, FLOAT: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr,
+    weights, x, x_scale, row_scale, y, inputs, outputs, tokens, segments, x_stride, weight_stride, y_stride,
+    ROW_SCALE: tl.constexpr, FLOAT: tl.constexpr, SEGMENTED: tl.constexpr,
+    OUTPUTS: tl.constexpr, TOKENS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, outputs] of x [tokens, inputs] with int8 weights [outputs, inputs]; INPUTS must divide `segment`, or there is one.
+    """y [tokens, outputs] of x [tokens, inputs] with int8 weights [outputs, inputs]. SEGMENTED: a scale for each INPUTS inputs.
 
     Programs are numbered so that GROUP blocks of tokens meet the same weights while those are in the cache.
     """
@@ -109,22 +110,27 @@ def dense_product(
     valid = output < outputs
     sum_kind = tl.float32 if FLOAT else tl.int32
     k = tl.arange(0, INPUTS)
-    x_at = x + tl.where(here, token, 0).to(tl.int64)[:, None] * x_stride
-    w_at = weights + tl.where(valid, output, 0).to(tl.int64)[None, :] * weight_stride
+    x_at = x + tl.where(here, token, 0).to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_at = weights + tl.where(valid, output, 0).to(tl.int64)[None, :] * weight_stride + k[:, None]
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
-    for s in range(segments):
-        sums = tl.zeros((TOKENS, OUTPUTS), sum_kind)
-        for at in range(s * segment, tl.minimum((s + 1) * segment, inputs), INPUTS):
-            inside = at + k < inputs
-            x_part = tl.load(x_at + (at + k)[None, :], mask=inside[None, :], other=0)
-            w_part = tl.load(w_at + (at + k)[:, None], mask=inside[:, None], other=0)
-            if FLOAT:
-                w_part = w_part.to(tl.float32)
+    sums = tl.zeros((TOKENS, OUTPUTS), sum_kind)
+    for step in range(tl.cdiv(inputs, INPUTS)):
+        inside = step * INPUTS + k < inputs
+        x_part = tl.load(x_at, mask=inside[None, :], other=0)
+        w_part = tl.load(w_at, mask=inside[:, None], other=0)
+        if FLOAT:
+            w_part = w_part.to(tl.float32)
+        if SEGMENTED:
+            part = tl.dot(x_part, w_part, input_precision="ieee", out_dtype=sum_kind).to(tl.float32)
+            total += part * tl.load(x_scale + token * segments + step, mask=here, other=0)[:, None]
+        else:
             sums = tl.dot(x_part, w_part, sums, input_precision="ieee", out_dtype=sum_kind)
-        part = sums.to(tl.float32)
+        x_at += INPUTS
+        w_at += INPUTS
+    if not SEGMENTED:
+        total = sums.to(tl.float32)
         if not FLOAT:
-            part = part * tl.load(x_scale + token * segments + s, mask=here, other=0)[:, None]
-        total += part
+            total = total * tl.load(x_scale + token, mask=here, other=0)[:, None]
     if ROW_SCALE:
         total = total * tl.load(row_scale + output, mask=valid, other=0)[None, :]
     tl.store(y + token.to(tl.int64)[:, None] * y_stride + output[None, :], total, mask=here[:, None] & valid[None, :])
