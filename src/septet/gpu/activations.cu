@@ -132,7 +132,7 @@ finish(const void* __restrict__ sums, const float* __restrict__ scales, const u1
         } else if (o < outputs) {
             const u64 all = (u64)rows * units;
             const int from = worker_of((u64)row * units, all, workers), to = worker_of((u64)(row + 1) * units - 1, all, workers);
-            #pragma unroll 4
+            #pragma unroll 8
             for (int w = from; w <= to; w++) {
                 const size_t at = ((size_t)(w + row) * tokens + token) * 64 + (o & 63);
                 if (integers) whole += ((const int*)sums)[at];

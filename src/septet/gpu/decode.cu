@@ -54,25 +54,45 @@ __device__ __forceinline__ uint2 stream_2(const u32* p) {
     return v;
 }
 
-// The words of a lane: groups of four for all lanes, then what is left in a group of two.
-__device__ __forceinline__ void load_unit(u32 (&w)[kWords], const u32* unit, int lane) {
+// The words of a lane: groups of four for all lanes, then what is left in a group of two. Pointers are to the lane's first of each.
+__device__ __forceinline__ void load_unit(u32 (&w)[kWords], const u32* fours, const u32* twos) {
     #pragma unroll
     for (int v = 0; v < kWords / 4; v++) {
-        const uint4 four = stream_4(unit + v * 128 + lane * 4);
+        const uint4 four = stream_4(fours + v * 128);
         w[4 * v] = four.x; w[4 * v + 1] = four.y; w[4 * v + 2] = four.z; w[4 * v + 3] = four.w;
     }
     if (kWords % 4) {
-        const uint2 two = stream_2(unit + kWords / 4 * 128 + lane * 2);
+        const uint2 two = stream_2(twos);
         w[kWords - 2] = two.x; w[kWords - 1] = two.y;
     }
 }
 
-// 16 bits from bit `offset` of a stream of words, and rubbish above them.
-__device__ __forceinline__ u32 raw_window(const u32* a, int offset) {
+// Bits `offset` .. `offset` + 31 of a stream of words; zeros instead of the upper ones that nobody asks for.
+__device__ __forceinline__ u32 bits_from(const u32* a, int offset) {
     const int i = offset >> 5, s = offset & 31;
     if (s == 0) return a[i];
-    if (s <= 16) return a[i] >> s;
-    return __funnelshift_r(a[i], a[i + 1], s);
+    return BITS != 7 && s <= 16 ? a[i] >> s : __funnelshift_r(a[i], a[i + 1], s);
+}
+
+// Window of pair `p` times the multiplier. Two operations cut 16 bits out of 32, but one is enough where the window ends with the
+// word, or begins at bit 2, for a multiplier that can be divided by 4. With 7 bits, one shift brings pairs p and p + 2 there.
+__device__ __forceinline__ u32 window_product(const u32* a, int p) {
+    const int offset = BITS * p;
+    if (BITS == 7 && p) {
+        static_assert(BITS != 7 || MULTIPLIER % 4 == 0, "the multiplier of 7 bits");
+        if (p % 4 == 1 || p % 4 == 2) return (bits_from(a, offset - 2) & 0x3FFFC) * (MULTIPLIER / 4);
+        return (bits_from(a, offset - 16) >> 16) * MULTIPLIER;
+    }
+    if (BITS == 8 && (offset & 31) == 8) return __byte_perm(a[offset >> 5], 0, 0x4421) * MULTIPLIER;
+    const u32 bits = bits_from(a, offset);
+    return ((offset & 31) == 16 ? bits : bits & 0xFFFF) * MULTIPLIER;
+}
+
+// a + b on the multipliers, which have time for it.
+__device__ __forceinline__ u32 add(u32 a, u32 b, u32 one) {
+    u32 sum;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(one), "r"(b));
+    return sum;
 }
 
 // A word of the table, from an address in shared memory.
@@ -85,35 +105,24 @@ __device__ __forceinline__ u32 table_word(u32 address) {
 // What `look_up` puts around an index byte to make an address: 4 * lane, and above it where the tables of places 0 and 2 begin.
 __device__ __forceinline__ u32 address_parts(int lane) { return 4 * lane | kTableAt >> 8 | (kTableAt >> 16) + 1 << 16; }
 
-// Levels of pair `p` of a stream, the first at an even place and the second one place up. `place` is that of the first.
-__device__ __forceinline__ void look_up(const u32* a, int p, int place, u32 parts, u32& first, u32& second) {
-    const int offset = BITS * p;
-    const u32 raw = raw_window(a, offset);
-    // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
-#if DIAG & 2
-    const u32 h = raw * MULTIPLIER;
-#else
-    const u32 h = ((offset & 31) == 16 ? raw : raw & 0xFFFF) * MULTIPLIER;
-#endif
-    const u32 at = place ? 0x7624 : 0x7524;
-#if DIAG & 1
-    first = __byte_perm(h, parts, at);
-    second = __byte_perm(h, parts, at + 0x10);
-#else
-    first = table_word(__byte_perm(h, parts, at));
-    second = table_word(__byte_perm(h, parts, at + 0x10) + 128);
-#endif
-}
+struct Lookup {
+    u32 parts;   // see address_parts
+    u32 one;     // 1, from a kernel argument, so that the compiler does not know
 
-#if !FLOAT
-// The four levels of an output.
-__device__ __forceinline__ u32 four(const u32* stream, int output, u32 parts) {
-    u32 e[4];
-    look_up(stream, 2 * output, 0, parts, e[0], e[1]);
-    look_up(stream, 2 * output + 1, kPlaces == 4 ? 2 : 0, parts, e[2], e[3]);
-    return (e[0] | e[1]) | (e[2] | e[3]) << (kPlaces == 4 ? 0 : 16);
-}
-#endif
+    // Levels of pair `p` of a stream at two places, the first of which is `place`.
+    __device__ __forceinline__ u32 pair(const u32* a, int p, int place) const {
+        // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
+        const u32 h = window_product(a, p);
+        const u32 at = place ? 0x7624 : 0x7524;
+        return add(table_word(__byte_perm(h, parts, at)), table_word(__byte_perm(h, parts, at + 0x10) + 128), one);
+    }
+
+    // The four int8 levels of an output.
+    __device__ __forceinline__ u32 four(const u32* a, int output) const {
+        const u32 low = pair(a, 2 * output, 0), high = pair(a, 2 * output + 1, kPlaces == 4 ? 2 : 0);
+        return add(high, low, kPlaces == 4 ? one : one << 16);
+    }
+};
 
 // The streams of two neighbouring tiles, each 16*BITS bits and the beginning of the next lane's, which in lane 28+t is lane t's: a tile
 // bites its tail.
@@ -162,9 +171,8 @@ __device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u3
 
 typedef u32 Inputs[TILES_OF_8][kXParts][kXWords];
 
-// Activations of a unit: [part][token][64 * units]; columns without a token are zero.
-__device__ __forceinline__ void load_inputs(Inputs& x, const u32* inputs, int unit, int units, int tokens, int lane) {
-    const int g = lane >> 2, t = lane & 3;
+// Activations of a unit, [part][token][64 * units], from the lane's first word of it; columns without a token are zero.
+__device__ __forceinline__ void load_inputs(Inputs& x, const u32* from, int units, int tokens, int lane) {
     #pragma unroll
     for (int n = 0; n < TILES_OF_8; n++)
         #pragma unroll
@@ -172,8 +180,7 @@ __device__ __forceinline__ void load_inputs(Inputs& x, const u32* inputs, int un
             #pragma unroll
             for (int v = 0; v < kXWords / 4; v++) {
                 uint4 four = make_uint4(0, 0, 0, 0);
-                const size_t row = (size_t)(part * tokens + 8 * n + g) * units + unit;
-                if (8 * n + g < tokens) four = *(const uint4*)(inputs + (row * 4 + t) * kXWords + 4 * v);
+                if (8 * n + (lane >> 2) < tokens) four = *(const uint4*)(from + (size_t)(part * tokens + 8 * n) * units * 4 * kXWords + 4 * v);
                 u32* to = x[n][part] + 4 * v;
                 to[0] = four.x; to[1] = four.y; to[2] = four.z; to[3] = four.w;
             }
@@ -181,45 +188,31 @@ __device__ __forceinline__ void load_inputs(Inputs& x, const u32* inputs, int un
 
 // Two tiles of each lane after the other: `w` and `x` are used up. Not unrolled, since a loop that fits the small instruction cache of
 // a quarter of a multiprocessor is faster than one without the moves at its end.
-__device__ __forceinline__ void multiply_unit(Sums& sums, u32 (&w)[kWords], Inputs& x, int lane) {
-    const u32 parts = address_parts(lane);
+__device__ __forceinline__ void multiply_unit(Sums& sums, u32 (&w)[kWords], Inputs& x, const Lookup& lookup, int lane) {
     #pragma unroll 1
     for (int q = 0; q < 2; q++) {
         u32 a[5], b[5];
         chunks(w, lane, a, b);
         #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 4; j++) {
+#if FLOAT
+            // pairs 0 and 1 of outputs 2j and 2j+1, of one tile after the other
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-#if FLOAT
-                // pairs 0 and 1 of outputs 2j and 2j+1, of tile i
-                u32 e[4][2];
+                u32 e[4];
                 #pragma unroll
-                for (int p = 0; p < 4; p++) look_up(i ? b : a, 4 * j + p, 0, parts, e[p][0], e[p][1]);
+                for (int p = 0; p < 4; p++) e[p] = lookup.pair(i ? b : a, 4 * j + p, 0);
                 #pragma unroll
                 for (int n = 0; n < TILES_OF_8; n++)
                     #pragma unroll
-                    for (int part = 0; part < kXParts; part++)
-                        #pragma unroll
-                        for (int place = 0; place < 2; place++)
-                            multiply(sums.of[n][j], e[0][place], e[2][place], e[1][place], e[3][place], x[n][part][2 * i], x[n][part][2 * i + 1]);
-#elif PLACES == 4
-                // pair i of outputs 2j and 2j+1, of both tiles
-                u32 e[4][2];
-                #pragma unroll
-                for (int p = 0; p < 4; p++) look_up(p < 2 ? a : b, 2 * (2 * j + (p & 1)) + i, 2 * i, parts, e[p][0], e[p][1]);
-                #pragma unroll
-                for (int n = 0; n < TILES_OF_8; n++)
-                    #pragma unroll
-                    for (int place = 0; place < 2; place++)
-                        multiply(sums.of[n][j], e[0][place], e[1][place], e[2][place], e[3][place], x[n][0][0], x[n][0][1]);
-#else
-                if (i) continue;
-                const u32 e0 = four(a, 2 * j, parts), e1 = four(a, 2 * j + 1, parts), e2 = four(b, 2 * j, parts), e3 = four(b, 2 * j + 1, parts);
-                #pragma unroll
-                for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][0], x[n][0][1]);
-#endif
+                    for (int part = 0; part < kXParts; part++) multiply(sums.of[n][j], e[0], e[2], e[1], e[3], x[n][part][2 * i], x[n][part][2 * i + 1]);
             }
+#else
+            const u32 e0 = lookup.four(a, 2 * j), e1 = lookup.four(a, 2 * j + 1), e2 = lookup.four(b, 2 * j), e3 = lookup.four(b, 2 * j + 1);
+            #pragma unroll
+            for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][0], x[n][0][1]);
+#endif
+        }
         #pragma unroll
         for (int i = 0; i < BITS; i++) w[i] = w[BITS + i];
         #pragma unroll

@@ -51,15 +51,15 @@ class _LayerArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters")),
-        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift")),
+        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift", "one")),
         *((name, _I) for name in ("input_block", "output_block")),
         *((name, _F) for name in ("input_normal", "output_normal")),
     ]
 
 
 _PARAMETERS = {
-    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I),
-    "levels": (_P, _P, _I, _I),
+    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+    "levels": (_P, _P, _I, _I, _I),
     "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
     "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
     "finish": (_P, _P, _P, _P, _I, _I, _F, _I, _I, _I, _I, _I, _I),
@@ -215,16 +215,18 @@ def product(
     dtype = torch.float32 if is_float or segment else torch.int32
     slots = values.new_empty((workers + rows, tokens, 64), dtype=dtype)
     pointers = arranged.data_ptr(), values.data_ptr(), scales.data_ptr(), slots.data_ptr()
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment))
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
     return slots, workers
 
 
 def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
     """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
     units = units_of(inputs) * -(-outputs // 64)
-    counted = (units + 1) * _workers(device, units) < 1 << 32
-    # int8 inputs, at most one float32 scale for 64 of them, and a word per warp
-    shared = tokens * units_of(inputs) * (UNIT_INPUTS + 4) + 4 * _WARPS
+    workers = _workers(device, units)
+    # a block's int8 inputs, partial sums of its warps, at most one float32 scale for 64 inputs, and a word per warp
+    block_rows = -(-(-(-units // workers)) * _WARPS // units_of(inputs)) + 1
+    shared = tokens * (units_of(inputs) * (UNIT_INPUTS + 4) + (_WARPS + block_rows) * 256) + 4 * _WARPS
+    counted = (units + 1) * workers < 1 << 32
     return tokens <= _LAYER_TOKENS and shared <= _LAYER_INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
 
 
@@ -255,11 +257,12 @@ def whole_layer(
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     units, rows = units_of(inputs), -(-outputs // 64)
     workers, kernel = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
-    y, slots = x.new_empty((tokens, outputs)), x.new_empty((workers + rows, tokens, 64), dtype=torch.int32)
+    blocks_of_threads = -(-workers // _WARPS)
+    y, slots = x.new_empty((tokens, outputs)), x.new_empty((blocks_of_threads + rows, tokens, 64), dtype=torch.int32)
     pointers = (t.data_ptr() for t in (arranged, x, *scales, y, slots, counters))
-    sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment)
+    sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment), 1
     arguments = _LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arguments)
+    kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
     return y
 
 
@@ -268,7 +271,7 @@ def levels(arranged: torch.Tensor, bits: int, rows: int, units: int) -> torch.Te
     device = arranged.device.index
     to = arranged.new_empty((rows * 64, units * UNIT_INPUTS), dtype=torch.int8)
     kernel, workers = _product_kernel(device, "levels", bits, False, False), _workers(device, rows * units)
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arranged.data_ptr(), to.data_ptr(), rows, units)
+    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arranged.data_ptr(), to.data_ptr(), rows, units, 1)
     return to
 
 

@@ -1,9 +1,10 @@
 // A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of slots, rotation of the
 // outputs. Follows decode.cu (with FLOAT 0 and TILES_OF_8 1) and values.cu.
 //
-// Every block of threads rotates the inputs its own units need, which is cheaper than a launch that does it once. The warp that
-// completes the last slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is
-// last decides who works, and never what comes out. Counters are zero between launches: whoever reads the last one clears it.
+// Every block of threads rotates the inputs its own units need, which is cheaper than a launch that does it once, and adds the partial
+// sums of its warps. The sums of a row of tiles, of which two or three blocks have some, go to slots. The warp that completes the last
+// slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is last decides who
+// works, and never what comes out. Counters are zero between launches: whoever completes a group clears its counter.
 //
 // A warp rotates 256 values at a time, 8 of a lane: strides 1, 2, 4 stay in the lane, 8 .. 128 go through shuffles.
 
@@ -36,7 +37,7 @@ struct LayerArguments {
     const u16 *input_scale, *output_scale;
     Value* y;
     u32 *slots, *counters;
-    int inputs, outputs, units, rows, tokens, workers, segment_shift, input_block, output_block;
+    int inputs, outputs, units, rows, tokens, workers, segment_shift, one, input_block, output_block;
     float input_normal, output_normal;
 };
 
@@ -104,19 +105,30 @@ __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* t
     }
 }
 
-__device__ __forceinline__ u32 worker_at(u32 unit, u32 all, u32 workers) { return ((unit + 1) * workers - 1) / all; }
+__device__ __forceinline__ int worker_at(u32 unit, u32 all, u32 workers) { return ((unit + 1) * workers - 1) / all; }
 
-// The outputs of `group`, 256 at most, of one token: 8 of a lane.
+struct Range {
+    int from, to;
+};
+
+// The warps that have units of a row.
+__device__ __forceinline__ Range workers_of(const LayerArguments& l, int row, u32 all) {
+    return {worker_at(row * l.units, all, l.workers), worker_at((row + 1) * l.units - 1, all, l.workers)};
+}
+
+// The outputs of `group`, 256 at most: 8 of a lane.
 __device__ __forceinline__ void finish_group(const LayerArguments& l, int group, int group_rows, u32 all, const float* scales, int lane) {
     const int row = group * group_rows + lane / 8, o = row * 64 + lane % 8 * 8;
     const bool mine = lane / 8 < group_rows && row < l.rows;
-    const u32 from = mine ? worker_at(row * l.units, all, l.workers) : 1, to = mine ? worker_at((row + 1) * l.units - 1, all, l.workers) : 0;
+    const Range workers = workers_of(l, mine ? row : 0, all);
+    const int from = workers.from / WARPS, to = mine ? workers.to / WARPS : from - 1;
+    #pragma unroll 1
     for (int token = 0; token < l.tokens; token++) {
         float v[8] = {};
         int whole[8] = {};
         #pragma unroll 2
-        for (u32 w = from; w <= to; w++) {
-            const uint4* slot = (const uint4*)(l.slots + ((size_t)(w + row) * l.tokens + token) * 64 + lane % 8 * 8);
+        for (int block = from; block <= to; block++) {
+            const uint4* slot = (const uint4*)(l.slots + ((size_t)(block + row) * l.tokens + token) * 64 + lane % 8 * 8);
             const uint4 low = __ldcg(slot), high = __ldcg(slot + 1);
             const u32 eight[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             #pragma unroll
@@ -138,39 +150,80 @@ __device__ __forceinline__ void finish_group(const LayerArguments& l, int group,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const LayerArguments l) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, worker = blockIdx.x * WARPS + (threadIdx.x >> 5);
-    const u32 all = l.rows * l.units;
-    u32 at = all * worker / l.workers;
-    const u32 end = worker < l.workers ? all * (worker + 1) / l.workers : at;
+// Adds what the block's warps have of row `row`, two outputs of a lane, and finishes the row's group if nothing else is missing.
+__device__ __forceinline__ void give_row(const LayerArguments& l, const u32* partial, int row, int first_row, u32 all, const float* scales, int lane) {
+    const Range workers = workers_of(l, row, all);
+    const int first_worker = blockIdx.x * WARPS, from = max(workers.from, first_worker), to = min(workers.to, first_worker + WARPS - 1);
+    for (int token = 0; token < l.tokens; token++) {
+        uint2 sum = make_uint2(0, 0);
+        #pragma unroll 4
+        for (int w = from; w <= to; w++) {
+            const uint2 two = *(const uint2*)(partial + ((w - first_worker + row - first_row) * l.tokens + token) * 64 + 2 * lane);
+            if (l.segment_shift < 0) {
+                sum.x += two.x;
+                sum.y += two.y;
+            } else {
+                sum.x = __float_as_uint(__fadd_rn(__uint_as_float(sum.x), __uint_as_float(two.x)));
+                sum.y = __float_as_uint(__fadd_rn(__uint_as_float(sum.y), __uint_as_float(two.y)));
+            }
+        }
+        *(uint2*)(l.slots + ((size_t)(blockIdx.x + row) * l.tokens + token) * 64 + 2 * lane) = sum;
+    }
+    __threadfence();
+    __syncwarp();
+    const int group_rows = max(1, l.output_block / 64), group = row / group_rows;
+    int before = 0, expected = 0;
+    if (lane == 0) before = atomicAdd(l.counters + group, 1);
+    const int other = group * group_rows + lane;
+    if (lane < group_rows && other < l.rows) {
+        const Range theirs = workers_of(l, other, all);
+        expected = theirs.to / WARPS - theirs.from / WARPS + 1;
+    }
+    expected = __reduce_add_sync(~0u, expected);
+    if (__shfl_sync(~0u, before, 0) + 1 < expected) return;
+    __threadfence();
+    finish_group(l, group, group_rows, all, scales, lane);
+    if (lane == 0) l.counters[group] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const __grid_constant__ LayerArguments l) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5, worker = blockIdx.x * WARPS + warp;
+    const u32 all = l.rows * l.units, begin = all * min(worker, l.workers) / l.workers;
+    int left = all * min(worker + 1, l.workers) / l.workers - begin;
+    const u32 *fours = l.weights + (size_t)begin * kUnitWords + lane * 4, *twos = fours - lane * 4 + kWords / 4 * 128 + lane * 2;
     u32 w[kWords], next[kWords];
     asm volatile("griddepcontrol.launch_dependents;");
-    if (at < end) load_unit(w, l.weights + (size_t)at * kUnitWords, lane);
+    if (left) load_unit(w, fours, twos);
     fill_table();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const bool segmented = l.segment_shift >= 0;
     const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
     i8* values = (i8*)shared_memory;
-    float* scales = (float*)(values + (size_t)l.tokens * 64 * l.units);
+    u32* partial = (u32*)(values + (size_t)l.tokens * 64 * l.units);
     const u32 block_begin = all * (blockIdx.x * WARPS) / l.workers, block_end = all * min((blockIdx.x + 1) * WARPS, (u32)l.workers) / l.workers;
+    const int first_row = block_begin / l.units, last_row = (block_end - 1) / l.units;
+    float* scales = (float*)(partial + (WARPS + last_row - first_row) * l.tokens * 64);
     prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);
     __syncthreads();
-    int row = at / l.units, unit = at % l.units;
-    const int group_rows = max(1, l.output_block / 64);
+    const Lookup lookup = {address_parts(lane), (u32)l.one};
+    int row = begin / l.units, unit = begin % l.units;
+    const uint4* x_at = (const uint4*)(values + (size_t)(g < l.tokens ? g : 0) * 64 * l.units) + t;
     Sums sums;
     sums.clear();
     float total[1][4][4] = {};
-    for (; at < end; at++) {
+    while (left) {
+        const bool last = unit + 1 == l.units || left == 1;
         Inputs x;
-        uint4 four = make_uint4(0, 0, 0, 0);
-        if (g < l.tokens) four = *(const uint4*)(values + (size_t)g * 64 * l.units + unit * 64 + t * 16);
+        uint4 four = x_at[unit * 4];
+        if (g >= l.tokens) four = make_uint4(0, 0, 0, 0);
         x[0][0][0] = four.x; x[0][0][1] = four.y; x[0][0][2] = four.z; x[0][0][3] = four.w;
-        if (at + 1 < end) load_unit(next, l.weights + (size_t)(at + 1) * kUnitWords, lane);
-        multiply_unit(sums, w, x, lane);
-        const bool last = unit + 1 == l.units || at + 1 == end;
+        fours += kUnitWords;
+        twos += kUnitWords;
+        if (left > 1) load_unit(next, fours, twos);
+        multiply_unit(sums, w, x, lookup, lane);
         if (segmented && (last || (unit + 1 & segment_mask) == 0)) scale_segment(total, sums, scales, unit >> l.segment_shift, segments, l.tokens, lane);
         if (last) {
-            u32* slot = l.slots + (size_t)(worker + row) * l.tokens * 64;
+            u32* slot = partial + (warp + row - first_row) * l.tokens * 64;
             if (segmented) {
                 store_slot(slot, total, l.tokens, lane);
                 #pragma unroll
@@ -179,22 +232,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const LayerArg
                 store_slot(slot, sums.of, l.tokens, lane);
                 sums.clear();
             }
-            __threadfence();
-            __syncwarp();
-            const int group = row / group_rows, first_row = group * group_rows, end_row = min(first_row + group_rows, l.rows);
-            u32 before = 0;
-            if (lane == 0) before = atomicAdd(l.counters + group, 1);
-            before = __shfl_sync(~0u, before, 0);
-            u32 expected = 0;
-            for (int r = first_row; r < end_row; r++) expected += worker_at((r + 1) * l.units - 1, all, l.workers) - worker_at(r * l.units, all, l.workers) + 1;
-            if (before + 1 == expected) {
-                __threadfence();
-                finish_group(l, group, group_rows, all, scales, lane);
-                if (lane == 0) l.counters[group] = 0;
-            }
+            row++;
+            unit = -1;
         }
-        if (++unit == l.units) { unit = 0; row++; }
+        left--;
+        unit++;
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
     }
+    __syncthreads();
+    #pragma unroll 1
+    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(l, partial, r, first_row, all, scales, lane);
 }
