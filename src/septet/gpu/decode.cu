@@ -110,17 +110,26 @@ struct Lookup {
     u32 one;     // 1, from a kernel argument, so that the compiler does not know
 
     // Levels of pair `p` of a stream at two places, the first of which is `place`.
-    __device__ __forceinline__ u32 pair(const u32* a, int p, int place) const {
+    __device__ __forceinline__ void pair(const u32* a, int p, int place, u32& first, u32& second) const {
         // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
-        const u32 h = window_product(a, p);
-        const u32 at = place ? 0x7624 : 0x7524;
-        return add(table_word(__byte_perm(h, parts, at)), table_word(__byte_perm(h, parts, at + 0x10) + 128), one);
+        const u32 h = window_product(a, p), at = place ? 0x7624 : 0x7524;
+        first = table_word(__byte_perm(h, parts, at));
+        second = table_word(__byte_perm(h, parts, at + 0x10) + 128);
+    }
+
+    // Two float16 levels of pair `p`.
+    __device__ __forceinline__ u32 two(const u32* a, int p) const {
+        u32 first, second;
+        pair(a, p, 0, first, second);
+        return add(first, second, one);
     }
 
     // The four int8 levels of an output.
     __device__ __forceinline__ u32 four(const u32* a, int output) const {
-        const u32 low = pair(a, 2 * output, 0), high = pair(a, 2 * output + 1, kPlaces == 4 ? 2 : 0);
-        return add(high, low, kPlaces == 4 ? one : one << 16);
+        u32 e[4];
+        pair(a, 2 * output, 0, e[0], e[1]);
+        pair(a, 2 * output + 1, kPlaces == 4 ? 2 : 0, e[2], e[3]);
+        return kPlaces == 4 ? add(e[0] | e[1] | e[2], e[3], one) : add(e[2] | e[3], e[0] | e[1], one << 16);
     }
 };
 
@@ -186,41 +195,32 @@ __device__ __forceinline__ void load_inputs(Inputs& x, const u32* from, int unit
             }
 }
 
-// Two tiles of each lane after the other: `w` and `x` are used up. Not unrolled, since a loop that fits the small instruction cache of
-// a quarter of a multiprocessor is faster than one without the moves at its end.
-__device__ __forceinline__ void multiply_unit(Sums& sums, u32 (&w)[kWords], Inputs& x, const Lookup& lookup, int lane) {
-    #pragma unroll 1
+__device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords], const Inputs& x, const Lookup& lookup, int lane) {
+    #pragma unroll
     for (int q = 0; q < 2; q++) {
         u32 a[5], b[5];
-        chunks(w, lane, a, b);
+        chunks(w + BITS * q, lane, a, b);
         #pragma unroll
         for (int j = 0; j < 4; j++) {
 #if FLOAT
             // pairs 0 and 1 of outputs 2j and 2j+1, of one tile after the other
             #pragma unroll
             for (int i = 0; i < 2; i++) {
+                const int c = 2 * (2 * q + i);
                 u32 e[4];
                 #pragma unroll
-                for (int p = 0; p < 4; p++) e[p] = lookup.pair(i ? b : a, 4 * j + p, 0);
+                for (int p = 0; p < 4; p++) e[p] = lookup.two(i ? b : a, 4 * j + p);
                 #pragma unroll
                 for (int n = 0; n < TILES_OF_8; n++)
                     #pragma unroll
-                    for (int part = 0; part < kXParts; part++) multiply(sums.of[n][j], e[0], e[2], e[1], e[3], x[n][part][2 * i], x[n][part][2 * i + 1]);
+                    for (int part = 0; part < kXParts; part++) multiply(sums.of[n][j], e[0], e[2], e[1], e[3], x[n][part][c], x[n][part][c + 1]);
             }
 #else
             const u32 e0 = lookup.four(a, 2 * j), e1 = lookup.four(a, 2 * j + 1), e2 = lookup.four(b, 2 * j), e3 = lookup.four(b, 2 * j + 1);
             #pragma unroll
-            for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][0], x[n][0][1]);
+            for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][2 * q], x[n][0][2 * q + 1]);
 #endif
         }
-        #pragma unroll
-        for (int i = 0; i < BITS; i++) w[i] = w[BITS + i];
-        #pragma unroll
-        for (int n = 0; n < TILES_OF_8; n++)
-            #pragma unroll
-            for (int part = 0; part < kXParts; part++)
-                #pragma unroll
-                for (int i = 0; i < kXWords / 2; i++) x[n][part][i] = x[n][part][kXWords / 2 + i];
     }
 }
 

@@ -44,13 +44,15 @@ _WARPS = 16
 #: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs of `layer`.
 _TABLE_AT = 64 << 10
 _LAYER_INPUT_BYTES = 63 << 10
-_LAYER_TOKENS = 2
+_LAYER_TOKENS = 8
+#: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
+_OWN_INPUTS = 8192
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 class _LayerArguments(ctypes.Structure):
     """LayerArguments of layer.cu."""
 
     _fields_ = [
-        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters")),
+        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters", "values", "scales")),
         *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift", "one")),
         *((name, _I) for name in ("input_block", "output_block")),
         *((name, _F) for name in ("input_normal", "output_normal")),
@@ -223,9 +225,9 @@ def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int,
     """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
     units = units_of(inputs) * -(-outputs // 64)
     workers = _workers(device, units)
-    # a block's int8 inputs, partial sums of its warps, at most one float32 scale for 64 inputs, and a word per warp
-    block_rows = -(-(-(-units // workers)) * _WARPS // units_of(inputs)) + 1
-    shared = tokens * (units_of(inputs) * (UNIT_INPUTS + 4) + (_WARPS + block_rows) * 256) + 4 * _WARPS
+    # the partial sums of a block's warps and rows; for one token also int8 inputs, a float32 scale for 64 of them, and a word per warp
+    in_block = _WARPS * (units // workers + 1)
+    shared = tokens * (_WARPS + in_block // units_of(inputs) + 2) * 256 + _OWN_INPUTS // 64 * (64 + 4) + 4 * _WARPS
     counted = (units + 1) * workers < 1 << 32
     return tokens <= _LAYER_TOKENS and shared <= _LAYER_INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
 
@@ -254,12 +256,17 @@ def whole_layer(
         [M, N].
     """
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    values = activation_scales = None
+    if tokens > 1 or inputs > _OWN_INPUTS:
+        values, activation_scales = rotate(x, scales[0], blocks[0], segment is not None, "int8")
+    elif x.data_ptr() % 16:
+        x = x.clone()
     units, rows = units_of(inputs), -(-outputs // 64)
     workers, kernel = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
     blocks_of_threads = -(-workers // _WARPS)
     y, slots = x.new_empty((tokens, outputs)), x.new_empty((blocks_of_threads + rows, tokens, 64), dtype=torch.int32)
-    pointers = (t.data_ptr() for t in (arranged, x, *scales, y, slots, counters))
+    everything = arranged, x, *scales, y, slots, counters, values, activation_scales
+    pointers = (None if t is None else t.data_ptr() for t in everything)
     sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment), 1
     arguments = _LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)

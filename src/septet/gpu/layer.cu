@@ -1,8 +1,8 @@
 // A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of slots, rotation of the
 // outputs. Follows decode.cu (with FLOAT 0 and TILES_OF_8 1) and values.cu.
 //
-// Every block of threads rotates the inputs its own units need, which is cheaper than a launch that does it once, and adds the partial
-// sums of its warps. The sums of a row of tiles, of which two or three blocks have some, go to slots. The warp that completes the last
+// Few inputs are rotated by every block of threads that needs them, which is cheaper than a launch that does it once; many come from
+// `rotate`. A block adds the partial sums of its warps. The sums of a row of tiles, of which two or three blocks have some, go to slots. The warp that completes the last
 // slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is last decides who
 // works, and never what comes out. Counters are zero between launches: whoever completes a group clears its counter.
 //
@@ -37,6 +37,8 @@ struct LayerArguments {
     const u16 *input_scale, *output_scale;
     Value* y;
     u32 *slots, *counters;
+    const i8* values;      // rotated inputs from `rotate`, or null
+    const float* scales;
     int inputs, outputs, units, rows, tokens, workers, segment_shift, one, input_block, output_block;
     float input_normal, output_normal;
 };
@@ -199,27 +201,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const __grid_c
     const bool segmented = l.segment_shift >= 0;
     const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
     i8* values = (i8*)shared_memory;
-    u32* partial = (u32*)(values + (size_t)l.tokens * 64 * l.units);
+    u32* partial = (u32*)(values + (l.values ? 0 : (size_t)l.tokens * 64 * l.units));
     const u32 block_begin = all * (blockIdx.x * WARPS) / l.workers, block_end = all * min((blockIdx.x + 1) * WARPS, (u32)l.workers) / l.workers;
     const int first_row = block_begin / l.units, last_row = (block_end - 1) / l.units;
     float* scales = (float*)(partial + (WARPS + last_row - first_row) * l.tokens * 64);
-    prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);
+    if (!l.values) prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);
     __syncthreads();
+    if (l.values) {
+        values = const_cast<i8*>(l.values);
+        scales = const_cast<float*>(l.scales);
+    }
     const Lookup lookup = {address_parts(lane), (u32)l.one};
     int row = begin / l.units, unit = begin % l.units;
-    const uint4* x_at = (const uint4*)(values + (size_t)(g < l.tokens ? g : 0) * 64 * l.units) + t;
+    const uint4* row_inputs = (const uint4*)(values + (size_t)(g < l.tokens ? g : 0) * 64 * l.units) + t;
+    uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
+    if (g < l.tokens && left) x4 = row_inputs[unit * 4];
     Sums sums;
     sums.clear();
     float total[1][4][4] = {};
     while (left) {
         const bool last = unit + 1 == l.units || left == 1;
-        Inputs x;
-        uint4 four = x_at[unit * 4];
-        if (g >= l.tokens) four = make_uint4(0, 0, 0, 0);
-        x[0][0][0] = four.x; x[0][0][1] = four.y; x[0][0][2] = four.z; x[0][0][3] = four.w;
+        const Inputs x = {{{x4.x, x4.y, x4.z, x4.w}}};
         fours += kUnitWords;
         twos += kUnitWords;
-        if (left > 1) load_unit(next, fours, twos);
+        if (left > 1) {
+            load_unit(next, fours, twos);
+            if (g < l.tokens) next_x4 = row_inputs[last ? 0 : unit * 4 + 4];
+        }
         multiply_unit(sums, w, x, lookup, lane);
         if (segmented && (last || (unit + 1 & segment_mask) == 0)) scale_segment(total, sums, scales, unit >> l.segment_shift, segments, l.tokens, lane);
         if (last) {
@@ -239,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const __grid_c
         unit++;
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
+        x4 = next_x4;
     }
     __syncthreads();
     #pragma unroll 1
