@@ -27,12 +27,13 @@ def variants() -> list[tuple[str, object, dict, dict]]:
     sizes = {"OUTPUTS": 64, "TOKENS": 16, "PAIRS": 32}
     trellis = {"BITS": 7, "MULTIPLIER": WIDTHS[7].multiplier, "SPLIT": False, "OFFSET": False, "FLOAT": False} | sizes
     dense = {"ROW_SCALE": True, "FLOAT": False, "SEGMENTED": False, "OUTPUTS": 64, "TOKENS": 16, "INPUTS": 128, "GROUP": 8}
+    many = {"OUTPUTS": 128, "TOKENS": 128}
     return [
         ("trellis", kernels.packed_product, _PACKED, trellis),
         ("trellis, float", kernels.packed_product, _PACKED | {"x": "*fp32"}, trellis | {"FLOAT": True}),
         ("split", kernels.packed_product, _PACKED, trellis | {"SPLIT": True, "OFFSET": True}),
         ("dense", kernels.dense_product, _DENSE, dense),
-        ("dense, many tokens", kernels.dense_product, _DENSE, dense | {"ROW_SCALE": False, "SEGMENTED": True, "OUTPUTS": 128, "TOKENS": 128}),
+        ("dense, many tokens", kernels.dense_product, _DENSE, dense | {"ROW_SCALE": False, "SEGMENTED": True} | many),
     ]
 
 

@@ -4,7 +4,7 @@
 // A block of 256 threads holds E * 256 values, value i * 256 + thread in v[i]: rotation strides below 32 go through shuffles, those
 // below 256 through shared memory, the others stay in a thread.
 //
-// Macros: E, values per thread: max(1, Hadamard block / 256).
+// Macro: E, values per thread, at least Hadamard block / 256; for `rotate` exactly that, or 1.
 
 constexpr int kThreads = 256, kValues = E * kThreads;
 __shared__ float exchange[3][kValues];
@@ -30,6 +30,7 @@ __device__ __forceinline__ void rotate_values(float (&v)[E], int block, float no
     }
     #pragma unroll
     for (int h = 1; h < E; h *= 2) {
+        if (h * kThreads >= block) break;
         float old[E];
         #pragma unroll
         for (int i = 0; i < E; i++) old[i] = v[i];

@@ -147,9 +147,7 @@ class Kernel:
         """
         values = [value if isinstance(value, ctypes.Structure) else kind(value) for kind, value in zip(self._types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        configuration = _Configuration(
-            (*grid, 1), (self._threads, 1, 1), self._shared, stream, ctypes.pointer(self._attribute), 1
-        )
+        configuration = _Configuration((*grid, 1), (self._threads, 1, 1), self._shared, stream, ctypes.pointer(self._attribute), 1)
         _check_driver(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, pointers, None), "cuLaunchKernelEx")
 
 

@@ -1,142 +1,30 @@
-"""The CUDA kernels, compiled for the device at hand and launched on tensors: one function per kernel, shapes in, tensors out.
-
-Sources lie beside this file. Each variant is compiled once per process, in a second or two.
-"""
+"""The CUDA kernels launched on tensors: one function per kernel, tensors in, tensors out. Nothing waits for the GPU."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from septet.codes.trellis import LEVEL_TABLE, WIDTHS
-from septet.gpu.driver import Kernel, compile_source, load_kernel, shared_memory
+from septet.gpu import compiled
+from septet.gpu.compiled import THREADS, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = [
-    "LARGEST_BLOCK",
-    "MOST_TOKENS",
-    "embed",
-    "fits",
-    "finish",
-    "levels",
-    "product",
-    "rotate",
-    "source_of",
-    "takes_whole_layer",
-    "trellis_source",
-    "whole_layer",
-]
+__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "levels", "product", "rotate", "takes_whole_layer", "whole_layer"]
 
 #: Tokens of one `product`.
 MOST_TOKENS = 16
 #: Hadamard blocks up to this size are rotated by a block of threads.
 LARGEST_BLOCK = 2048
-_THREADS = 256
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-#: Of the level tables of two places.
-_TABLE_BYTES = 64 << 10
-#: Warps of a block; one block fills a multiprocessor. 128 registers a thread.
-_WARPS = 16
-#: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs of `layer`.
-_TABLE_AT = 64 << 10
-_LAYER_INPUT_BYTES = 63 << 10
+#: Tokens of one `whole_layer`.
 _LAYER_TOKENS = 8
 #: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
-_OWN_INPUTS = 8192
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-class _LayerArguments(ctypes.Structure):
-    """LayerArguments of layer.cu."""
-
-    _fields_ = [
-        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters", "values", "scales")),
-        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift", "one")),
-        *((name, _I) for name in ("input_block", "output_block")),
-        *((name, _F) for name in ("input_normal", "output_normal")),
-    ]
-
-
-_PARAMETERS = {
-    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
-    "levels": (_P, _P, _I, _I, _I),
-    "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
-    "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
-    "finish": (_P, _P, _P, _P, _I, _I, _F, _I, _I, _I, _I, _I, _I),
-    "embedding": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _F),
-}
+_OWN_INPUTS = 4096
 
 
 def _shift(segment: int | None) -> int:
     """log2 of the units of a segment, -1 for one segment."""
     return -1 if segment is None else (segment // UNIT_INPUTS).bit_length() - 1
-
-
-def source_of(*files: str, **macros: object) -> str:
-    """Kernel files, one after the other, with their macros defined.
-
-    Args:
-        files: names of the .cu files beside this one.
-        macros: name -> value.
-    """
-    lines = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
-
-
-def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0) -> str:
-    """decode.cu for a width, kind of activations and number of tokens, and the files that build on it."""
-    macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
-    macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": _WARPS, "PLACES": places}
-    return source_of("decode.cu", *files, **macros)
-
-
-@cache
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"--gpu-architecture=sm_{major}{minor}"
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _options(device: int) -> tuple[str, ...]:
-    return _architecture(device), "--std=c++17"
-
-
-@cache
-def _places(device: int) -> int:
-    """How many places of an operand have a table of their own."""
-    return 4 if shared_memory(device) >= _TABLE_AT + 2 * _TABLE_BYTES else 2
-
-
-def fits(device: int) -> bool:
-    """Whether a block of threads can have shared memory for the tables; otherwise nothing but rotations can run."""
-    return shared_memory(device) >= _TABLE_AT + _TABLE_BYTES
-
-
-@cache
-def _product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
-    places = 2 if is_float else _places(device)
-    source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
-    shared = _TABLE_AT + _TABLE_BYTES * places // 2
-    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], 32 * _WARPS, shared)
-
-
-@cache
-def _layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
-    source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=_DTYPES[dtype])
-    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
-    return load_kernel(compile_source(source, _options(device)), "layer", (_LayerArguments,), 32 * _WARPS, shared)
-
-
-@cache
-def _activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> Kernel:
-    source = source_of("values.cu", "activations.cu", E=each, DTYPE=_DTYPES[dtype])
-    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], _THREADS)
 
 
 def _stream(device: int) -> int:
@@ -148,17 +36,10 @@ def _normal(block: int) -> float:
 
 
 def _each(block: int) -> int:
-    return max(1, block // _THREADS)
+    return max(1, block // THREADS)
 
 
-def _workers(device: int, units: int) -> int:
-    """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
-    return min(_processors(device) * _WARPS, units)
-
-
-def rotate(
-    x: torch.Tensor, input_scale: torch.Tensor, block: int, segmented: bool, kind: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rotate(x: torch.Tensor, input_scale: torch.Tensor, block: int, segmented: bool, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale, rotate and round activations.
 
     Args:
@@ -174,9 +55,9 @@ def rotate(
     """
     device, (tokens, inputs) = x.device.index, x.shape
     padded, each, stream = units_of(inputs) * UNIT_INPUTS, _each(block), _stream(x.device.index)
-    parts = -(-padded // (each * _THREADS))
+    parts = -(-padded // (each * THREADS))
     segmented = segmented and kind != "float32"
-    kernel = _activation_kernel(device, "rotate", each, x.dtype)
+    kernel = activation_kernel(device, "rotate", each, x.dtype)
     shape, dtype = {"int8": ((tokens, padded), torch.int8), "halves": ((2, tokens, padded), torch.float16)}.get(kind, (None, None))
     values = None if shape is None else x.new_empty(shape, dtype=dtype)
     to, scales = values, x.new_empty((tokens, inputs // block if segmented else parts), dtype=torch.float32)
@@ -189,7 +70,7 @@ def rotate(
     if not segmented:
         tops, scales = scales, x.new_empty((tokens, 1), dtype=torch.float32)
         pointers = to.data_ptr(), tops.data_ptr(), values.data_ptr(), scales.data_ptr()
-        kernel = _activation_kernel(device, "round_tokens", each, x.dtype)
+        kernel = activation_kernel(device, "round_tokens", each, x.dtype)
         kernel.launch((-(-padded // 1024), tokens), stream, *pointers, parts, padded, kind == "int8")
     return values, scales
 
@@ -213,23 +94,24 @@ def product(
     is_float = values.dtype == torch.float16
     tokens, padded = values.shape[-2:]
     units, device = padded // UNIT_INPUTS, values.device.index
-    kernel, workers = _product_kernel(device, "product", bits, is_float, tokens > 8), _workers(device, rows * units)
+    many = tokens > 8
+    kernel, workers = product_kernel(device, "product", bits, is_float, many), workers_of(device, rows * units, many)
     dtype = torch.float32 if is_float or segment else torch.int32
     slots = values.new_empty((workers + rows, tokens, 64), dtype=dtype)
     pointers = arranged.data_ptr(), values.data_ptr(), scales.data_ptr(), slots.data_ptr()
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
+    kernel.launch((-(-workers // warps_of(many)), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
     return slots, workers
 
 
 def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
     """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
     units = units_of(inputs) * -(-outputs // 64)
-    workers = _workers(device, units)
+    workers = workers_of(device, units)
     # the partial sums of a block's warps and rows; for one token also int8 inputs, a float32 scale for 64 of them, and a word per warp
-    in_block = _WARPS * (units // workers + 1)
-    shared = tokens * (_WARPS + in_block // units_of(inputs) + 2) * 256 + _OWN_INPUTS // 64 * (64 + 4) + 4 * _WARPS
+    in_block = compiled.WARPS * (units // workers + 1)
+    shared = tokens * (compiled.WARPS + in_block // units_of(inputs) + 2) * 256 + _OWN_INPUTS // 64 * (64 + 4) + 4 * compiled.WARPS
     counted = (units + 1) * workers < 1 << 32
-    return tokens <= _LAYER_TOKENS and shared <= _LAYER_INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
+    return tokens <= _LAYER_TOKENS and shared <= compiled.INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
 
 
 def whole_layer(
@@ -262,23 +144,24 @@ def whole_layer(
     elif x.data_ptr() % 16:
         x = x.clone()
     units, rows = units_of(inputs), -(-outputs // 64)
-    workers, kernel = _workers(device, units * rows), _layer_kernel(device, bits, x.dtype)
-    blocks_of_threads = -(-workers // _WARPS)
+    workers, kernel = workers_of(device, units * rows), layer_kernel(device, bits, x.dtype)
+    blocks_of_threads = -(-workers // compiled.WARPS)
     y, slots = x.new_empty((tokens, outputs)), x.new_empty((blocks_of_threads + rows, tokens, 64), dtype=torch.int32)
     everything = arranged, x, *scales, y, slots, counters, values, activation_scales
     pointers = (None if t is None else t.data_ptr() for t in everything)
     sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment), 1
-    arguments = _LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
+    arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
     return y
 
 
-def levels(arranged: torch.Tensor, bits: int, rows: int, units: int) -> torch.Tensor:
-    """Levels of packed weights: int8 [rows * 64, units * 64]."""
-    device = arranged.device.index
-    to = arranged.new_empty((rows * 64, units * UNIT_INPUTS), dtype=torch.int8)
-    kernel, workers = _product_kernel(device, "levels", bits, False, False), _workers(device, rows * units)
-    kernel.launch((-(-workers // _WARPS), 1), _stream(device), arranged.data_ptr(), to.data_ptr(), rows, units, 1)
+def levels(arranged: torch.Tensor, bits: int, rows: range, units: int) -> torch.Tensor:
+    """Levels of some rows of tiles: int8 [len(rows) * 64, units * 64]."""
+    device, count = arranged.device.index, len(rows) * units
+    to = arranged.new_empty((len(rows) * 64, units * UNIT_INPUTS), dtype=torch.int8)
+    kernel, workers = product_kernel(device, "levels", bits, False, False), workers_of(device, count)
+    start = arranged.data_ptr() + rows.start * units * UNIT_INPUTS * 4 * bits
+    kernel.launch((-(-workers // compiled.WARPS), 1), _stream(device), start, to.data_ptr(), len(rows), units, 1)
     return to
 
 
@@ -305,12 +188,14 @@ def finish(
     """
     outputs, device, each = len(output_scale), sums.device.index, _each(block)
     tokens = sums.shape[1] if slots else len(sums)
+    # many tokens: more work for a thread, so that its reads overlap
+    each = max(each, 4) if tokens > MOST_TOKENS else each
     y = sums.new_empty((tokens, outputs), dtype=dtype)
     rows, units, workers = slots or (0, 0, 0)
-    kernel = _activation_kernel(device, "finish", each, dtype)
+    kernel = activation_kernel(device, "finish", each, dtype)
     pointers = sums.data_ptr(), None if scales is None else scales.data_ptr(), output_scale.data_ptr(), y.data_ptr()
     numbers = sums.dtype == torch.int32, units, rows, workers, 0 if slots else sums.stride(0), scales is not None
-    kernel.launch((-(-outputs // (each * _THREADS)), tokens), _stream(device), *pointers, outputs, block, _normal(block), *numbers)
+    kernel.launch((-(-outputs // (each * THREADS)), tokens), _stream(device), *pointers, outputs, block, _normal(block), *numbers)
     return y
 
 
@@ -326,8 +211,8 @@ def embed(indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tenso
     """
     (rows, inputs), each, device = weight.shape, _each(block), weight.device.index
     y = signs.new_empty((len(indices), inputs))
-    kernel = _activation_kernel(device, "embedding", each, signs.dtype)
+    kernel = activation_kernel(device, "embedding", each, signs.dtype)
     pointers = (t.data_ptr() for t in (indices, weight, weight_scale, signs, y))
     numbers = indices.dtype == torch.int64, rows, inputs, block, _normal(block)
-    kernel.launch((-(-inputs // (each * _THREADS)), len(indices)), _stream(device), *pointers, *numbers)
+    kernel.launch((-(-inputs // (each * THREADS)), len(indices)), _stream(device), *pointers, *numbers)
     return y

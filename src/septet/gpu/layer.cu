@@ -171,11 +171,11 @@ __device__ __forceinline__ void give_row(const LayerArguments& l, const u32* par
         }
         *(uint2*)(l.slots + ((size_t)(blockIdx.x + row) * l.tokens + token) * 64 + 2 * lane) = sum;
     }
-    __threadfence();
     __syncwarp();
     const int group_rows = max(1, l.output_block / 64), group = row / group_rows;
     int before = 0, expected = 0;
-    if (lane == 0) before = atomicAdd(l.counters + group, 1);
+    // releases what all lanes have written, and acquires what other blocks have
+    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(l.counters + group) : "memory");
     const int other = group * group_rows + lane;
     if (lane < group_rows && other < l.rows) {
         const Range theirs = workers_of(l, other, all);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void give_row(const LayerArguments& l, const u32* par
     }
     expected = __reduce_add_sync(~0u, expected);
     if (__shfl_sync(~0u, before, 0) + 1 < expected) return;
-    __threadfence();
+    __syncwarp();
     finish_group(l, group, group_rows, all, scales, lane);
     if (lane == 0) l.counters[group] = 0;
 }

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
-from septet.gpu import launches, portable
+from septet.gpu import compiled, launches, portable
 from septet.gpu.driver import obstacle
-from septet.gpu.layout import arrange, units_of
+from septet.gpu.layout import UNIT_INPUTS, arrange, units_of
 
 __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepare"]
 
@@ -22,6 +22,10 @@ __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepar
 GPU_VARIABLE = "SEPTET_GPU"
 #: Up to here tokens go through `launches.product`, in steps of 16; measured on an H100.
 FEW_TOKENS = 48
+#: Levels of many tokens' products are decoded in pieces that stay in an H100's cache until they are used.
+_LEVEL_BYTES = 34 << 20
+#: Inputs that share a scale in `portable.dense`, at most.
+_DENSE_SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
     arranged = table = counters = None
     fits = max(input_block, output_block) <= launches.LARGEST_BLOCK
     segment_fits = segment >= inputs or segment % 64 == 0
-    if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device) and launches.fits(weight.device.index):
+    if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device) and compiled.fits(weight.device.index):
         arranged = arrange(weight.detach(), bits)
         counters = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
     elif code != "int8":
@@ -131,20 +135,23 @@ def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor
 
 
 def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
-    levels = launches.levels(layer.arranged, layer.bits, layer.rows, units_of(layer.inputs))
-    if activations == "int8":
-        values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, "int8")
-        if not layer.segmented:
-            # cuBLAS wants sizes in multiples of eight, which whole units are; more than 16 tokens there always are
-            sums = torch._int_mm(values, levels.t())
-            return launches.finish(sums, scales, layer.scale, layer.output_block, x.dtype)
+    units, is_float = units_of(layer.inputs), activations == "float"
+    values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, "float32" if is_float else "int8")
+    segment = min(layer.segment, _DENSE_SEGMENT) if layer.segmented else layer.segment
+    if scales is not None and layer.segmented:
         # larger segments than the dense product takes are cut, and each piece gets the scale of the whole
-        segment = min(layer.segment, 256)
         scales = scales.repeat_interleave(layer.segment // segment, dim=1)
-        sums = portable.dense(levels, values, scales, None, segment, len(levels))
-        return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
-    rotated, _ = launches.rotate(x, layer.input_scale, layer.input_block, False, "float32")
-    return launches.finish(_float_product(rotated, levels, x.dtype), None, layer.scale, layer.output_block, x.dtype)
+    sums = x.new_empty((len(x), layer.rows * TILE_OUTPUTS), dtype=torch.float32)
+    step = max(1, _LEVEL_BYTES // (units * UNIT_INPUTS * TILE_OUTPUTS))
+    for first in range(0, layer.rows, step):
+        rows = range(first, min(first + step, layer.rows))
+        levels = launches.levels(layer.arranged, layer.bits, rows, units)
+        part = sums[:, first * TILE_OUTPUTS : rows.stop * TILE_OUTPUTS]
+        if is_float:
+            part.copy_(_float_product(values, levels, x.dtype))
+        else:
+            portable.dense(levels, values, scales, None, segment, out=part)
+    return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
 
 
 def _float_product(rotated: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -163,10 +170,10 @@ def _portable(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: 
         padded = torch.nn.functional.pad(values, (0, layer.padded_inputs - layer.inputs))
         values, scales = portable.round_activations(padded, layer.segment)
     if layer.code == "int8":
-        return portable.dense(weight, values, scales, layer.scale.to(torch.float32), layer.inputs, layer.outputs).to(x.dtype)
+        return portable.dense(weight, values, scales, layer.scale.to(torch.float32), layer.inputs).to(x.dtype)
     split = (layer.scale, layer.offset) if layer.code == "split" else None
     segment = layer.segment if activations == "int8" or split else layer.padded_inputs
-    y = portable.packed(weight, layer.table, values.contiguous(), scales, layer.bits, layer.outputs, segment, split)
+    y = portable.packed(weight, layer.table, (values.contiguous(), scales), layer.bits, layer.outputs, segment, split)
     if split is None:
         y = portable.hadamard(y, layer.output_block) * layer.scale.to(torch.float32)
     return y.to(x.dtype)
@@ -181,7 +188,7 @@ def dequantize(weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         split = (layer.scale, layer.offset) if layer.code == "split" else None
         segment = layer.segment if split else layer.padded_inputs
         table = layer.table if layer.table is not None else portable.level_table(weight.device)
-        inner = portable.packed(weight, table, columns, None, layer.bits, layer.outputs, segment, split).t()[:, : layer.inputs]
+        inner = portable.packed(weight, table, (columns, None), layer.bits, layer.outputs, segment, split).t()[:, : layer.inputs]
     if layer.code == "split":
         return inner.contiguous()
     inner = portable.hadamard(inner.contiguous(), layer.input_block) * layer.input_scale.to(torch.float32)
@@ -189,9 +196,7 @@ def dequantize(weight: torch.Tensor, layer: Layer) -> torch.Tensor:
     return (rotated * layer.scale.to(torch.float32)).t().contiguous()
 
 
-def embedding(
-    indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, signs: torch.Tensor, block: int
-) -> torch.Tensor:
+def embedding(indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
     """Rows of an int8 matrix, [count, K] in the dtype of `signs`; NaN for an index outside, since a GPU is not waited for.
 
     Args:

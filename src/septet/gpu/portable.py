@@ -71,8 +71,7 @@ def level_table(device: torch.device) -> torch.Tensor:
 def packed(
     weight: torch.Tensor,
     table: torch.Tensor,
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
+    activations: tuple[torch.Tensor, torch.Tensor | None],
     bits: int,
     outputs: int,
     segment: int,
@@ -83,8 +82,7 @@ def packed(
     Args:
         weight: uint8 [R, T*16*bits].
         table: from `level_table`.
-        x: [M, K], int8 with `x_scale`, float32 without; K rounded up to whole tiles is T*4.
-        x_scale: float32 [M, segments] or None.
+        activations: [M, K], int8 with scales float32 [M, segments], or float32 and None; K rounded up to whole tiles is T*4.
         bits: bits per pair.
         outputs: N.
         segment: inputs that share a scale (split: a group).
@@ -93,6 +91,7 @@ def packed(
     Returns:
         float32 [M, N].
     """
+    x, x_scale = activations
     tokens, inputs = x.shape
     tiles = weight.shape[1] // (16 * bits)
     segment = min(segment, tiles * TILE_INPUTS)
@@ -125,24 +124,24 @@ def dense(
     x_scale: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     segment: int,
-    outputs: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Product with a dense int8 matrix.
 
     Args:
-        weight: int8 [N or more, K or more].
+        weight: int8 [N, K].
         x: [M, K], int8 with `x_scale`, float32 without.
         x_scale: float32 [M, segments] or None.
         row_scale: float32 [N], applied last, or None.
         segment: inputs that share an activation scale: a power of two, 32 to 256, or all of them.
-        outputs: N.
+        out: where the result shall be, float32 [M, N] with rows contiguous, or None.
 
     Returns:
         float32 [M, N].
     """
-    tokens, inputs = x.shape
+    (tokens, inputs), outputs = x.shape, len(weight)
     segments = -(-inputs // segment)
-    y = torch.empty((tokens, outputs), dtype=torch.float32, device=x.device)
+    y = torch.empty((tokens, outputs), dtype=torch.float32, device=x.device) if out is None else out
     is_float = x_scale is None
     block, options = _FLOAT_BLOCK if is_float else _FEW_TOKENS if tokens <= 32 else _MANY_TOKENS
     if segments > 1 and not is_float:
