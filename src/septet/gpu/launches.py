@@ -17,7 +17,7 @@ MOST_TOKENS = 16
 #: Hadamard blocks up to this size are rotated by a block of threads.
 LARGEST_BLOCK = 2048
 #: Tokens of one `whole_layer`.
-_LAYER_TOKENS = 8
+_LAYER_TOKENS = 2
 #: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
 _OWN_INPUTS = 4096
 

@@ -22,8 +22,8 @@ __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepar
 GPU_VARIABLE = "SEPTET_GPU"
 #: Up to here tokens go through `launches.product`, in steps of 16; measured on an H100.
 FEW_TOKENS = 48
-#: Levels of many tokens' products are decoded in pieces that stay in an H100's cache until they are used.
-_LEVEL_BYTES = 34 << 20
+#: Levels of many tokens' products are decoded in pieces of at most so many bytes.
+_LEVEL_BYTES = 512 << 20
 #: Inputs that share a scale in `portable.dense`, at most.
 _DENSE_SEGMENT = 256
 
@@ -137,7 +137,7 @@ def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor
 def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
     units, is_float = units_of(layer.inputs), activations == "float"
     values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, "float32" if is_float else "int8")
-    segment = min(layer.segment, _DENSE_SEGMENT) if layer.segmented else layer.segment
+    segment = min(layer.segment, _DENSE_SEGMENT) if layer.segmented else units * UNIT_INPUTS
     if scales is not None and layer.segmented:
         # larger segments than the dense product takes are cut, and each piece gets the scale of the whole
         scales = scales.repeat_interleave(layer.segment // segment, dim=1)
@@ -147,19 +147,14 @@ def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tenso
         rows = range(first, min(first + step, layer.rows))
         levels = launches.levels(layer.arranged, layer.bits, rows, units)
         part = sums[:, first * TILE_OUTPUTS : rows.stop * TILE_OUTPUTS]
-        if is_float:
-            part.copy_(_float_product(values, levels, x.dtype))
-        else:
+        if not is_float:
             portable.dense(levels, values, scales, None, segment, out=part)
+        elif x.dtype == torch.float32:
+            torch.mm(values, levels.to(torch.float32).t(), out=part)
+        else:
+            # levels are exact in bfloat16, activations lose what they lose in a bfloat16 model; sums are float32
+            part.copy_(torch.mm(values.to(torch.bfloat16), levels.to(torch.bfloat16).t(), out_dtype=torch.float32))
     return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
-
-
-def _float_product(rotated: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 [M, N]: for 16-bit models a product of `dtype` with float32 sums; levels are exact in any dtype."""
-    if dtype == torch.float32:
-        return rotated @ levels.to(torch.float32).t()
-    # torch.mm can hand out its float32 sums since 2.8
-    return torch.mm(rotated.to(torch.bfloat16), levels.to(torch.bfloat16).t(), out_dtype=torch.float32)
 
 
 def _portable(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
