@@ -52,6 +52,7 @@ generate: setup
 	$(BIN)/python tools/generate_tables.py
 	$(BIN)/python tools/draw_tree.py
 	$(BIN)/python tools/draw_quality.py
+	$(BIN)/python tools/draw_gpu.py
 
 clean:
 	rm -rf build dist demo demo.partial .pytest_cache .ruff_cache .hypothesis .import_linter_cache .venv/septet-sources.sha256
