@@ -19,6 +19,25 @@ def _byte(tile_pointers, position, size, mask):
 
 
 @triton.jit
+def _levels(tile_pointers, bit, mask, table, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, SPLIT: tl.constexpr, OFFSET: tl.constexpr):
+    """The two levels (split: fields, less their zero points unless there are offsets) of the pairs that begin at `bit`."""
+    size: tl.constexpr = 16 * BITS
+    bits = _byte(tile_pointers, bit // 8, size, mask) | _byte(tile_pointers, bit // 8 + 1, size, mask) << 8
+    shift = (bit % 8).to(tl.uint32)
+    if SPLIT:
+        symbol = bits >> shift & 127
+        first = (symbol & 15).to(tl.int32)
+        second = (symbol >> 4).to(tl.int32)
+        if not OFFSET:
+            first -= 8
+            second -= 4
+        return first, second
+    bits |= _byte(tile_pointers, bit // 8 + 2, size, mask) << 16
+    hashed = (bits >> shift & 0xFFFF) * MULTIPLIER >> 16
+    return tl.load(table + (hashed & 127)), tl.load(table + (hashed >> 8 & 127))
+
+
+@triton.jit
 def packed_product(
     packed, table, x, x_scale, weight_scale, weight_offset, x_sums, y,
     inputs, outputs, tiles, segment, segments, tokens, scale_stride,
@@ -50,28 +69,13 @@ def packed_product(
             bit = BITS * (2 * (output % 64)[:, None] + (pair % 2)[None, :])
             tile = base + (pair // 2).to(tl.int64)[None, :] * size
             mask = inside[None, :] & (output >= 0)[:, None]
-            bits = _byte(tile, bit // 8, size, mask) | _byte(tile, bit // 8 + 1, size, mask) << 8
-            if SPLIT:
-                symbol = bits >> (bit % 8).to(tl.uint32) & 127
-                low = (symbol & 15).to(tl.int32)
-                high = (symbol >> 4).to(tl.int32)
-                if not OFFSET:
-                    low -= 8
-                    high -= 4
-                first_level = low.to(kind)
-                second_level = high.to(kind)
-            else:
-                bits |= _byte(tile, bit // 8 + 2, size, mask) << 16
-                window = bits >> (bit % 8).to(tl.uint32) & 0xFFFF
-                hashed = window * MULTIPLIER >> 16
-                first_level = tl.load(table + (hashed & 127)).to(kind)
-                second_level = tl.load(table + (hashed >> 8 & 127)).to(kind)
+            first_level, second_level = _levels(tile, bit, mask, table, BITS, MULTIPLIER, SPLIT, OFFSET)
             where = x + token.to(tl.int64)[None, :] * inputs + 2 * pair[:, None]
             x_mask = here[None, :] & inside[:, None]
             x_even = tl.load(where, mask=x_mask & (2 * pair < inputs)[:, None], other=0)
             x_odd = tl.load(where + 1, mask=x_mask & (2 * pair + 1 < inputs)[:, None], other=0)
-            even = tl.dot(first_level, x_even, even, input_precision="ieee", out_dtype=sum_kind)
-            odd = tl.dot(second_level, x_odd, odd, input_precision="ieee", out_dtype=sum_kind)
+            even = tl.dot(first_level.to(kind), x_even, even, input_precision="ieee", out_dtype=sum_kind)
+            odd = tl.dot(second_level.to(kind), x_odd, odd, input_precision="ieee", out_dtype=sum_kind)
         if SPLIT:
             column = output * scale_stride + 2 * s
             valid = output < outputs
