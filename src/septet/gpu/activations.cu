@@ -87,6 +87,40 @@ rotate(const Value* __restrict__ x, const u16* __restrict__ input_scale, void* _
     }
 }
 
+// The same for blocks of at most 256 and inputs in multiples of 8, a warp for each 256 inputs.
+extern "C" __global__ void __launch_bounds__(kThreads)
+rotate_chunks(const Value* __restrict__ x, const u16* __restrict__ input_scale, void* __restrict__ to, u32* __restrict__ scales,
+              int inputs, int padded, int block, float normal, int segmented, int to_int8) {
+    const int token = blockIdx.y, tokens = gridDim.y, lane = threadIdx.x & 31, chunk = blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5);
+    const int k = chunk * kChunk + lane * 8, chunks = (padded + kChunk - 1) / kChunk;
+    let_the_next_begin();
+    wait_for_inputs();
+    if (chunk >= chunks) return;
+    float v[8];
+    scaled_inputs(v, x + (size_t)token * inputs + k, input_scale + k, k < inputs);
+    rotate_chunk(v, block, normal, lane);
+    const u32 top = largest_of_chunk(v, segmented ? block : kChunk);
+    const Rounding rounding(top, to_int8);
+    const size_t at = (size_t)token * padded + k;
+    if (k < padded && !segmented) {
+        ((float4*)((float*)to + at))[0] = make_float4(v[0], v[1], v[2], v[3]);
+        ((float4*)((float*)to + at))[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else if (k < padded && to_int8) {
+        __align__(8) i8 eight[8];
+        #pragma unroll
+        for (int i = 0; i < 8; i++) eight[i] = rounding.int8(v[i]);
+        *(uint2*)((i8*)to + at) = *(const uint2*)eight;
+    } else if (k < padded) {
+        __align__(16) u16 high[8], low[8];
+        #pragma unroll
+        for (int i = 0; i < 8; i++) rounding.halves(v[i], high[i], low[i]);
+        *(uint4*)((u16*)to + at) = *(const uint4*)high;
+        *(uint4*)((u16*)to + at + (size_t)tokens * padded) = *(const uint4*)low;
+    }
+    if (!segmented && lane == 0) scales[token * chunks + chunk] = top;
+    if (segmented && k % block == 0 && k < inputs) scales[token * (inputs / block) + k / block] = __float_as_uint(rounding.scale);
+}
+
 // float32 [tokens][padded] with one scale per token; `tops` [tokens][parts] are magnitudes of parts of it. 1024 values a block.
 extern "C" __global__ void __launch_bounds__(kThreads)
 round_tokens(const float* __restrict__ rotated, const u32* __restrict__ tops, void* __restrict__ to, float* __restrict__ scales,
@@ -149,6 +183,31 @@ finish(const void* __restrict__ sums, const float* __restrict__ scales, const u1
         const int o = first + i * kThreads;
         if (o < outputs) y[(size_t)token * outputs + o] = write(__fmul_rn(v[i], of_half(output_scale[o])));
     }
+}
+
+// The same for sums in a float32 matrix, scaled already, blocks of at most 256 and outputs in multiples of 8: a warp for each 256 outputs.
+extern "C" __global__ void __launch_bounds__(kThreads)
+finish_chunks(const float* __restrict__ sums, const u16* __restrict__ output_scale, Value* __restrict__ y, int outputs, int block, float normal, int columns) {
+    const int token = blockIdx.y, lane = threadIdx.x & 31, chunk = blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5), o = chunk * kChunk + lane * 8;
+    let_the_next_begin();
+    wait_for_inputs();
+    if (chunk * kChunk >= outputs) return;
+    const bool mine = o < outputs;
+    __align__(16) float v[8] = {};
+    __align__(16) u16 factor[8] = {};
+    __align__(16) Value out[8];
+    if (mine) {
+        const float4* from = (const float4*)(sums + (size_t)token * columns + o);
+        ((float4*)v)[0] = from[0];
+        ((float4*)v)[1] = from[1];
+        *(uint4*)factor = *(const uint4*)(output_scale + o);
+    }
+    rotate_chunk(v, block, normal, lane);
+    if (!mine) return;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) out[i] = write(__fmul_rn(v[i], of_half(factor[i])));
+    #pragma unroll
+    for (int i = 0; i < (int)sizeof(out) / 16; i++) ((uint4*)(y + (size_t)token * outputs + o))[i] = ((const uint4*)out)[i];
 }
 
 // Row `indices[blockIdx.y]` of an int8 matrix: s_in * H_in(scale * q); NaN for an index outside.

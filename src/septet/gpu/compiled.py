@@ -60,8 +60,10 @@ _PARAMETERS = {
     "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
     "levels": (_P, _P, _I, _I, _I),
     "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
+    "rotate_chunks": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
     "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
     "finish": (_P, _P, _P, _P, _I, _I, _F, _I, _I, _I, _I, _I, _I),
+    "finish_chunks": (_P, _P, _P, _I, _I, _F, _I),
     "embedding": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _F),
 }
 

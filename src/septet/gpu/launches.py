@@ -16,6 +16,8 @@ __all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "levels", "product
 MOST_TOKENS = 16
 #: Hadamard blocks up to this size are rotated by a block of threads.
 LARGEST_BLOCK = 2048
+#: Hadamard blocks up to this size, in sizes of multiples of eight, are rotated by a warp.
+_CHUNK = 256
 #: Tokens of one `whole_layer`.
 _LAYER_TOKENS = 2
 #: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
@@ -55,16 +57,20 @@ def rotate(x: torch.Tensor, input_scale: torch.Tensor, block: int, segmented: bo
     """
     device, (tokens, inputs) = x.device.index, x.shape
     padded, each, stream = units_of(inputs) * UNIT_INPUTS, _each(block), _stream(x.device.index)
-    parts = -(-padded // (each * THREADS))
+    parts = blocks = -(-padded // (each * THREADS))
     segmented = segmented and kind != "float32"
-    kernel = activation_kernel(device, "rotate", each, x.dtype)
+    in_chunks = block <= _CHUNK and inputs % 8 == 0
+    if in_chunks:
+        blocks = -(-padded // (THREADS // 32 * _CHUNK))
+        x = x if x.data_ptr() % 16 == 0 else x.clone()
+    kernel = activation_kernel(device, "rotate_chunks" if in_chunks else "rotate", each, x.dtype)
     shape, dtype = {"int8": ((tokens, padded), torch.int8), "halves": ((2, tokens, padded), torch.float16)}.get(kind, (None, None))
     values = None if shape is None else x.new_empty(shape, dtype=dtype)
     to, scales = values, x.new_empty((tokens, inputs // block if segmented else parts), dtype=torch.float32)
     if not segmented:
         to = x.new_empty((tokens, padded), dtype=torch.float32)
     arguments = (inputs, padded, block, _normal(block), segmented, kind == "int8")
-    kernel.launch((parts, tokens), stream, x.data_ptr(), input_scale.data_ptr(), to.data_ptr(), scales.data_ptr(), *arguments)
+    kernel.launch((blocks, tokens), stream, x.data_ptr(), input_scale.data_ptr(), to.data_ptr(), scales.data_ptr(), *arguments)
     if kind == "float32":
         return to, None
     if not segmented:
@@ -188,9 +194,12 @@ def finish(
     """
     outputs, device, each = len(output_scale), sums.device.index, _each(block)
     tokens = sums.shape[1] if slots else len(sums)
-    # many tokens: more work for a thread, so that its reads overlap
-    each = max(each, 4) if tokens > MOST_TOKENS else each
     y = sums.new_empty((tokens, outputs), dtype=dtype)
+    if slots is None and scales is None and sums.dtype == torch.float32 and block <= _CHUNK and outputs % 8 == 0:
+        kernel, blocks = activation_kernel(device, "finish_chunks", each, dtype), -(-outputs // (THREADS // 32 * _CHUNK))
+        pointers = sums.data_ptr(), output_scale.data_ptr(), y.data_ptr()
+        kernel.launch((blocks, tokens), _stream(device), *pointers, outputs, block, _normal(block), sums.stride(0))
+        return y
     rows, units, workers = slots or (0, 0, 0)
     kernel = activation_kernel(device, "finish", each, dtype)
     pointers = sums.data_ptr(), None if scales is None else scales.data_ptr(), output_scale.data_ptr(), y.data_ptr()

@@ -5,31 +5,8 @@
 // `rotate`. A block adds the partial sums of its warps. The sums of a row of tiles, of which two or three blocks have some, go to slots. The warp that completes the last
 // slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is last decides who
 // works, and never what comes out. Counters are zero between launches: whoever completes a group clears its counter.
-//
-// A warp rotates 256 values at a time, 8 of a lane: strides 1, 2, 4 stay in the lane, 8 .. 128 go through shuffles.
 
-constexpr int kChunk = 256, kChunkUnits = kChunk / 64;
-
-__device__ __forceinline__ void rotate_chunk(float (&v)[8], int block, float normal, int lane) {
-    #pragma unroll
-    for (int h = 1; h < 8; h *= 2)
-        if (h < block) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (!(i & h)) {
-                    const float a = v[i], b = v[i + h];
-                    v[i] = __fadd_rn(a, b);
-                    v[i + h] = __fadd_rn(a, -b);
-                }
-        }
-    #pragma unroll 1
-    for (int h = 8; h < block; h *= 2) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
-    }
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], normal);
-}
+constexpr int kChunkUnits = kChunk / 64;
 
 struct LayerArguments {
     const u32* weights;
@@ -46,23 +23,9 @@ struct LayerArguments {
 // 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
 __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArguments& l, int token, int chunk, int lane) {
     const int k = chunk * kChunk + lane * 8;
-    // `inputs` is a multiple of 8
-    __align__(16) Value x[8] = {};
-    __align__(16) u16 scale[8] = {};
-    if (k < l.inputs) {
-        #pragma unroll
-        for (int i = 0; i < (int)sizeof(x) / 16; i++) ((uint4*)x)[i] = ((const uint4*)(l.x + (size_t)token * l.inputs + k))[i];
-        *(uint4*)scale = *(const uint4*)(l.input_scale + k);
-    }
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(read(x[i]), of_half(scale[i]));
+    scaled_inputs(v, l.x + (size_t)token * l.inputs + k, l.input_scale + k, k < l.inputs);
     rotate_chunk(v, l.input_block, l.input_normal, lane);
-    u32 top = 0;
-    #pragma unroll
-    for (int i = 0; i < 8; i++) top = max(top, magnitude(v[i]));
-    const int lanes = l.segment_shift >= 0 ? min(l.input_block, kChunk) / 8 : 32;
-    for (int h = 1; h < lanes; h *= 2) top = max(top, __shfl_xor_sync(~0u, top, h));
-    return top;
+    return largest_of_chunk(v, l.segment_shift >= 0 ? l.input_block : kChunk);
 }
 
 __device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token, int chunk, int segments, int lane) {

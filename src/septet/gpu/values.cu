@@ -68,3 +68,50 @@ struct Rounding {
         else halves(v, ((u16*)to)[at], ((u16*)to)[at + (size_t)tokens * padded]);
     }
 };
+
+// What follows is for chunks of 256 values, 8 of each lane of a warp, and Hadamard blocks of at most so many.
+constexpr int kChunk = 256;
+
+// Strides 1, 2, 4 stay in the lane, 8 .. 128 go through shuffles.
+__device__ __forceinline__ void rotate_chunk(float (&v)[8], int block, float normal, int lane) {
+    #pragma unroll
+    for (int h = 1; h < 8; h *= 2)
+        if (h < block) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (!(i & h)) {
+                    const float a = v[i], b = v[i + h];
+                    v[i] = __fadd_rn(a, b);
+                    v[i + h] = __fadd_rn(a, -b);
+                }
+        }
+    #pragma unroll 1
+    for (int h = 8; h < block; h *= 2) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], normal);
+}
+
+// 8 inputs times their scales; zeros unless `inside`. Pointers are 16-byte aligned.
+__device__ __forceinline__ void scaled_inputs(float (&v)[8], const Value* from, const u16* scales, bool inside) {
+    __align__(16) Value x[8] = {};
+    __align__(16) u16 scale[8] = {};
+    if (inside) {
+        #pragma unroll
+        for (int i = 0; i < (int)sizeof(x) / 16; i++) ((uint4*)x)[i] = ((const uint4*)from)[i];
+        *(uint4*)scale = *(const uint4*)scales;
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __fmul_rn(read(x[i]), of_half(scale[i]));
+}
+
+// Bits of the largest magnitude among the lanes that share a block, 8 inputs or more.
+__device__ __forceinline__ u32 largest_of_chunk(const float (&v)[8], int block) {
+    u32 top = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) top = max(top, magnitude(v[i]));
+    for (int h = 1; h < block / 8; h *= 2) top = max(top, __shfl_xor_sync(~0u, top, h));
+    return top;
+}
