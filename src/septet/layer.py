@@ -110,6 +110,8 @@ class SeptetModule(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """The weights that the packed ones stand for: float32 [N, K], on the device of the weight."""
+        if self.weight.device.type in ("cpu", "cuda"):
+            return operators.dequantize(self._tensors(), self._description())
         stored = [None if tensor is None else tensor.cpu() for tensor in self._tensors()]
         return operators.dequantize(tuple(stored), self._description()).to(self.weight.device)
 

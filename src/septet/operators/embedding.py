@@ -32,7 +32,7 @@ def embedding(
         [..., K], computed in float32 and rounded once.
 
     Raises:
-        CodeRangeError: an index is outside the matrix.
+        CodeRangeError: an index is outside the matrix. On a GPU its row is NaN instead.
     """
     return torch.ops.septet.embedding(indices, weight, weight_scale, weight_input_scale, input_block)
 
@@ -54,6 +54,18 @@ def _embedding_cpu(
     return result.to(weight_input_scale.dtype).reshape(*indices.shape, weight.shape[1])
 
 
+def _embedding_cuda(
+    indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_input_scale: torch.Tensor, input_block: int
+) -> torch.Tensor:
+    """septet::embedding on a GPU, which is not waited for: an index outside gives NaN instead of an error."""
+    if indices.numel() == 0:
+        return _embedding_fake(indices, weight, weight_scale, weight_input_scale, input_block)
+    from septet.gpu import layers
+
+    stored = (tensor.detach() for tensor in (weight, weight_scale, weight_input_scale))
+    return layers.embedding(indices.reshape(-1), *stored, input_block).reshape(*indices.shape, weight.shape[1])
+
+
 def _embedding_fake(
     indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_input_scale: torch.Tensor, input_block: int
 ) -> torch.Tensor:
@@ -62,4 +74,5 @@ def _embedding_fake(
 
 
 LIBRARY.impl("embedding", _embedding_cpu, "CPU")
+LIBRARY.impl("embedding", _embedding_cuda, "CUDA")
 torch.library.register_fake("septet::embedding", _embedding_fake, lib=LIBRARY)

@@ -8,7 +8,7 @@ import torch
 from septet.errors import ShapeError
 from septet.operators.description import SCHEMA, LayerDescription
 from septet.operators.library import LIBRARY, TAGS
-from septet.operators.prepared import Tensors, layer_weights, prepared_layer
+from septet.operators.prepared import Tensors, gpu_layer, layer_weights, prepared_layer
 from septet.quantize import QuantizedTensor
 from septet.quantize import dequantize as dequantize_arrays
 
@@ -69,6 +69,19 @@ def _linear_cpu(x: torch.Tensor, *stored) -> torch.Tensor:
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
+def _linear_cuda(x: torch.Tensor, *stored) -> torch.Tensor:
+    """septet::linear on a GPU."""
+    tensors, description = _split(stored)
+    _check_input(x, description)
+    if x.numel() == 0:
+        return _linear_fake(x, *stored)
+    from septet.gpu import layers
+
+    rows = x.detach().reshape(-1, description.in_features).contiguous()
+    y = layers.linear(rows, tensors[0].detach(), gpu_layer(tensors, description), description.activations)
+    return y.reshape(*x.shape[:-1], description.out_features)
+
+
 def _linear_fake(x: torch.Tensor, *stored) -> torch.Tensor:
     """The result of septet::linear without its values."""
     _, description = _split(stored)
@@ -95,6 +108,14 @@ def _dequantize_cpu(*stored) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(dequantize_arrays(quantized)))
 
 
+def _dequantize_cuda(*stored) -> torch.Tensor:
+    """septet::dequantize on a GPU."""
+    tensors, description = _split(stored)
+    from septet.gpu import layers
+
+    return layers.dequantize(tensors[0].detach(), gpu_layer(tensors, description))
+
+
 def _dequantize_fake(*stored) -> torch.Tensor:
     """The result of septet::dequantize without its values."""
     tensors, description = _split(stored)
@@ -113,6 +134,12 @@ def _check_input(x: torch.Tensor, description: LayerDescription) -> None:
     raise ShapeError(wanted, f"{x.dtype} {list(x.shape)}", "check in_features and the dtype of the model")
 
 
-for _name, _cpu, _fake in (("linear", _linear_cpu, _linear_fake), ("dequantize", _dequantize_cpu, _dequantize_fake)):
+_IMPLEMENTATIONS = (
+    ("linear", _linear_cpu, _linear_cuda, _linear_fake),
+    ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
+)
+
+for _name, _cpu, _cuda, _fake in _IMPLEMENTATIONS:
     LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"septet::{_name}", _fake, lib=LIBRARY)

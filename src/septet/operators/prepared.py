@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -24,7 +26,7 @@ from septet.errors import ShapeError
 from septet.kernels import LayerWeights, select_backend
 from septet.operators.description import LayerDescription
 
-__all__ = ["borrow_array", "forget_prepared", "layer_weights", "prepared_layer"]
+__all__ = ["borrow_array", "forget_prepared", "gpu_layer", "layer_weights", "prepared_layer", "remembered"]
 
 #: weight, scale, input scale, offset; the last two where the code has them.
 Tensors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"]
@@ -72,16 +74,50 @@ def prepared_layer(tensors: Tensors, description: LayerDescription) -> tuple[Mod
         OptionError, ShapeError: the tensors contradict the description; see `LayerWeights`.
     """
     backend = select_backend()
+    return backend, remembered(backend.NAME, tensors, description, lambda: backend.prepare(layer_weights(tensors, description)))
+
+
+def remembered(backend: str, tensors: Tensors, description: LayerDescription, prepare: Callable[[], object]) -> object:
+    """What `prepare` made of these tensors, now or earlier.
+
+    Args:
+        backend: tells the makers apart.
+        tensors: on any device; what is made must not own the weight's storage.
+        description: of the layer.
+        prepare: called when there is nothing to remember, or a tensor has changed since.
+    """
     weight = tensors[0]
     of_storage = _entries.get(weight.untyped_storage())
     # How activations are treated is not part of what is prepared; one entry serves both ways.
-    key = (backend.NAME, weight.data_ptr(), description._replace(activations=""))
+    key = (backend, weight.data_ptr(), description._replace(activations=""))
     entry = None if of_storage is None else of_storage.get(key)
     if entry is None or not entry.fits(tensors):
         stamps = tuple(None if tensor is None else _stamp(tensor) for tensor in tensors)
-        entry = _Entry(stamps, backend.prepare(layer_weights(tensors, description)))
+        entry = _Entry(stamps, prepare())
         _entries.setdefault(weight.untyped_storage(), {})[key] = entry
-    return backend, entry.prepared
+    return entry.prepared
+
+
+def gpu_layer(tensors: Tensors, description: LayerDescription) -> object:
+    """What `septet.gpu.layers` takes for these tensors.
+
+    Args:
+        tensors: on one GPU, as for `prepared_layer`.
+        description: of the layer.
+
+    Raises:
+        OptionError, ShapeError: the tensors contradict the description; see `LayerWeights`.
+    """
+    from septet.gpu import layers
+
+    def prepare() -> layers.Layer:
+        # Shapes are checked by the class that kernels on the CPU trust, too, on arrays without memory.
+        checked = layer_weights(tuple(None if tensor is None else _shape_only(tensor) for tensor in tensors), description)
+        sizes = checked.code, checked.bits_per_pair, checked.in_features, checked.out_features, checked.input_block, checked.output_block
+        return layers.prepare(tensors, sizes, checked.segment)
+
+    # a switch for tests and measurements, so that it takes effect at once
+    return remembered("gpu " + os.environ.get(layers.GPU_VARIABLE, ""), tensors, description, prepare)
 
 
 def forget_prepared() -> None:
@@ -128,6 +164,11 @@ def borrow_array(tensor: torch.Tensor) -> np.ndarray:
         return tensor.detach().contiguous().numpy()
     buffer = (ctypes.c_byte * tensor.numel()).from_address(tensor.data_ptr())
     return np.frombuffer(buffer, dtype).reshape(tensor.shape)
+
+
+def _shape_only(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and dtype whose memory nobody touches, so that it takes none."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _copied(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> np.ndarray | None:

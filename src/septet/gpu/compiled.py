@@ -1,0 +1,142 @@
+"""The CUDA kernels, compiled for the device at hand: one variant for each width, dtype and number of tokens that differ in their code.
+
+Sources lie beside this file. Each variant is compiled once per process, in a second or two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from septet.codes.trellis import LEVEL_TABLE, WIDTHS
+from septet.gpu.driver import Kernel, compile_source, load_kernel, shared_memory
+
+__all__ = [
+    "DTYPES",
+    "INPUT_BYTES",
+    "THREADS",
+    "WARPS",
+    "LayerArguments",
+    "activation_kernel",
+    "fits",
+    "layer_kernel",
+    "product_kernel",
+    "source_of",
+    "trellis_source",
+    "warps_of",
+    "workers_of",
+]
+
+#: Threads of the kernels of activations.cu.
+THREADS = 256
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Of the level tables of two places.
+_TABLE_BYTES = 64 << 10
+#: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs and sums of `layer`.
+_TABLE_AT = 64 << 10
+INPUT_BYTES = 63 << 10
+#: Warps of a block, one of which fills a multiprocessor: 128 registers a thread.
+WARPS = 16
+#: The same of `product` for more than eight tokens, with 168 registers.
+_WARPS_OF_MANY = 12
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class LayerArguments(ctypes.Structure):
+    """LayerArguments of layer.cu."""
+
+    _fields_ = [
+        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters", "values", "scales")),
+        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift", "one")),
+        *((name, _I) for name in ("input_block", "output_block")),
+        *((name, _F) for name in ("input_normal", "output_normal")),
+    ]
+
+
+_PARAMETERS = {
+    "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
+    "levels": (_P, _P, _I, _I, _I),
+    "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
+    "rotate_chunks": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
+    "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
+    "finish": (_P, _P, _P, _P, _I, _I, _F, _I, _I, _I, _I, _I, _I),
+    "finish_chunks": (_P, _P, _P, _I, _I, _F, _I),
+    "embedding": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _F),
+}
+
+
+def warps_of(many: bool) -> int:
+    return _WARPS_OF_MANY if many else WARPS
+
+
+def source_of(*files: str, **macros: object) -> str:
+    """Kernel files, one after the other, with their macros defined.
+
+    Args:
+        files: names of the .cu files beside this one.
+        macros: name -> value.
+    """
+    lines = [f"#define {name} {value}" for name, value in macros.items()]
+    return "\n".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
+
+
+def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0) -> str:
+    """decode.cu for a width, kind of activations and number of tokens, and the files that build on it."""
+    macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
+    macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": warps_of(many), "PLACES": places}
+    return source_of("decode.cu", *files, **macros)
+
+
+@cache
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"--gpu-architecture=sm_{major}{minor}"
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _options(device: int) -> tuple[str, ...]:
+    return _architecture(device), "--std=c++17"
+
+
+@cache
+def _places(device: int) -> int:
+    """How many places of an operand have a table of their own."""
+    return 4 if shared_memory(device) >= _TABLE_AT + 2 * _TABLE_BYTES else 2
+
+
+def fits(device: int) -> bool:
+    """Whether a block of threads can have shared memory for the tables; otherwise nothing but rotations can run."""
+    return shared_memory(device) >= _TABLE_AT + _TABLE_BYTES
+
+
+@cache
+def product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
+    places = 2 if is_float else _places(device)
+    source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
+    shared = _TABLE_AT + _TABLE_BYTES * places // 2
+    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], 32 * warps_of(many), shared)
+
+
+@cache
+def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
+    source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=DTYPES[dtype])
+    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
+    return load_kernel(compile_source(source, _options(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
+
+
+@cache
+def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> Kernel:
+    source = source_of("values.cu", "activations.cu", E=each, DTYPE=DTYPES[dtype])
+    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], THREADS)
+
+
+def workers_of(device: int, units: int, many: bool = False) -> int:
+    """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
+    return min(_processors(device) * warps_of(many), units)

@@ -1,0 +1,227 @@
+"""The CUDA kernels launched on tensors: one function per kernel, tensors in, tensors out. Nothing waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from septet.gpu import compiled
+from septet.gpu.compiled import THREADS, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
+from septet.gpu.layout import UNIT_INPUTS, units_of
+
+__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "levels", "product", "rotate", "takes_whole_layer", "whole_layer"]
+
+#: Tokens of one `product`.
+MOST_TOKENS = 16
+#: Hadamard blocks up to this size are rotated by a block of threads.
+LARGEST_BLOCK = 2048
+#: Hadamard blocks up to this size, in sizes of multiples of eight, are rotated by a warp.
+_CHUNK = 256
+#: Tokens of one `whole_layer`.
+_LAYER_TOKENS = 2
+#: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
+_OWN_INPUTS = 4096
+
+
+def _shift(segment: int | None) -> int:
+    """log2 of the units of a segment, -1 for one segment."""
+    return -1 if segment is None else (segment // UNIT_INPUTS).bit_length() - 1
+
+
+def _stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _normal(block: int) -> float:
+    return 1 / math.sqrt(block)
+
+
+def _each(block: int) -> int:
+    return max(1, block // THREADS)
+
+
+def rotate(x: torch.Tensor, input_scale: torch.Tensor, block: int, segmented: bool, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale, rotate and round activations.
+
+    Args:
+        x: [M, K], contiguous.
+        input_scale: float16 [K].
+        block: Hadamard block; with `segmented` at least 32.
+        segmented: one scale per block instead of one per token.
+        kind: "int8", "halves" (two float16 whose sum is the activation over its scale) or "float32" (neither rounded nor scaled).
+
+    Returns:
+        int8 [M, P], float16 [2, M, P] or float32 [M, P] with P = K rounded up to 64, zeros at the end, and scales float32
+        [M, segments] or None.
+    """
+    device, (tokens, inputs) = x.device.index, x.shape
+    padded, each, stream = units_of(inputs) * UNIT_INPUTS, _each(block), _stream(x.device.index)
+    parts = blocks = -(-padded // (each * THREADS))
+    segmented = segmented and kind != "float32"
+    in_chunks = block <= _CHUNK and inputs % 8 == 0
+    if in_chunks:
+        blocks = -(-padded // (THREADS // 32 * _CHUNK))
+        x = x if x.data_ptr() % 16 == 0 else x.clone()
+    kernel = activation_kernel(device, "rotate_chunks" if in_chunks else "rotate", each, x.dtype)
+    shape, dtype = {"int8": ((tokens, padded), torch.int8), "halves": ((2, tokens, padded), torch.float16)}.get(kind, (None, None))
+    values = None if shape is None else x.new_empty(shape, dtype=dtype)
+    to, scales = values, x.new_empty((tokens, inputs // block if segmented else parts), dtype=torch.float32)
+    if not segmented:
+        to = x.new_empty((tokens, padded), dtype=torch.float32)
+    arguments = (inputs, padded, block, _normal(block), segmented, kind == "int8")
+    kernel.launch((blocks, tokens), stream, x.data_ptr(), input_scale.data_ptr(), to.data_ptr(), scales.data_ptr(), *arguments)
+    if kind == "float32":
+        return to, None
+    if not segmented:
+        tops, scales = scales, x.new_empty((tokens, 1), dtype=torch.float32)
+        pointers = to.data_ptr(), tops.data_ptr(), values.data_ptr(), scales.data_ptr()
+        kernel = activation_kernel(device, "round_tokens", each, x.dtype)
+        kernel.launch((-(-padded // 1024), tokens), stream, *pointers, parts, padded, kind == "int8")
+    return values, scales
+
+
+def product(
+    arranged: torch.Tensor, bits: int, rows: int, values: torch.Tensor, scales: torch.Tensor, segment: int | None
+) -> tuple[torch.Tensor, int]:
+    """Partial sums of a few tokens.
+
+    Args:
+        arranged: from `layout.arrange`.
+        bits: bits per pair.
+        rows: of 64 outputs.
+        values: int8 [M, P] or float16 [2, M, P] from `rotate`, M at most 16.
+        scales: float32 [M, segments].
+        segment: inputs that share a scale, 64 * 2^n; None for one per token, which is left to `finish`.
+
+    Returns:
+        int32 or float32 (with segments, or float16 values) [slots, M, 64] and the number of workers, for `finish`.
+    """
+    is_float = values.dtype == torch.float16
+    tokens, padded = values.shape[-2:]
+    units, device = padded // UNIT_INPUTS, values.device.index
+    many = tokens > 8
+    kernel, workers = product_kernel(device, "product", bits, is_float, many), workers_of(device, rows * units, many)
+    dtype = torch.float32 if is_float or segment else torch.int32
+    slots = values.new_empty((workers + rows, tokens, 64), dtype=dtype)
+    pointers = arranged.data_ptr(), values.data_ptr(), scales.data_ptr(), slots.data_ptr()
+    kernel.launch((-(-workers // warps_of(many)), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
+    return slots, workers
+
+
+def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
+    """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
+    units = units_of(inputs) * -(-outputs // 64)
+    workers = workers_of(device, units)
+    # the partial sums of a block's warps and rows; for one token also int8 inputs, a float32 scale for 64 of them, and a word per warp
+    in_block = compiled.WARPS * (units // workers + 1)
+    shared = tokens * (compiled.WARPS + in_block // units_of(inputs) + 2) * 256 + _OWN_INPUTS // 64 * (64 + 4) + 4 * compiled.WARPS
+    counted = (units + 1) * workers < 1 << 32
+    return tokens <= _LAYER_TOKENS and shared <= compiled.INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
+
+
+def whole_layer(
+    x: torch.Tensor,
+    arranged: torch.Tensor,
+    bits: int,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    blocks: tuple[int, int],
+    segment: int | None,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """A trellis layer with int8 activations in one launch.
+
+    Args:
+        x: [M, K], where `takes_whole_layer`.
+        arranged: from `layout.arrange`.
+        bits: bits per pair.
+        scales: of inputs float16 [K], of outputs float16 [N].
+        blocks: Hadamard blocks of inputs and outputs.
+        segment: as for `product`.
+        counters: int32 zeros, at least one for 64 outputs. Two launches at the same time must not share them.
+
+    Returns:
+        [M, N].
+    """
+    device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
+    values = activation_scales = None
+    if tokens > 1 or inputs > _OWN_INPUTS:
+        values, activation_scales = rotate(x, scales[0], blocks[0], segment is not None, "int8")
+    elif x.data_ptr() % 16:
+        x = x.clone()
+    units, rows = units_of(inputs), -(-outputs // 64)
+    workers, kernel = workers_of(device, units * rows), layer_kernel(device, bits, x.dtype)
+    blocks_of_threads = -(-workers // compiled.WARPS)
+    y, slots = x.new_empty((tokens, outputs)), x.new_empty((blocks_of_threads + rows, tokens, 64), dtype=torch.int32)
+    everything = arranged, x, *scales, y, slots, counters, values, activation_scales
+    pointers = (None if t is None else t.data_ptr() for t in everything)
+    sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment), 1
+    arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
+    kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
+    return y
+
+
+def levels(arranged: torch.Tensor, bits: int, rows: range, units: int) -> torch.Tensor:
+    """Levels of some rows of tiles: int8 [len(rows) * 64, units * 64]."""
+    device, count = arranged.device.index, len(rows) * units
+    to = arranged.new_empty((len(rows) * 64, units * UNIT_INPUTS), dtype=torch.int8)
+    kernel, workers = product_kernel(device, "levels", bits, False, False), workers_of(device, count)
+    start = arranged.data_ptr() + rows.start * units * UNIT_INPUTS * 4 * bits
+    kernel.launch((-(-workers // compiled.WARPS), 1), _stream(device), start, to.data_ptr(), len(rows), units, 1)
+    return to
+
+
+def finish(
+    sums: torch.Tensor,
+    scales: torch.Tensor | None,
+    output_scale: torch.Tensor,
+    block: int,
+    dtype: torch.dtype,
+    slots: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
+    """Add slots, scale, rotate, scale.
+
+    Args:
+        sums: from `product` (then with `slots`) or a matrix [M, N or more], int32 or float32, rows contiguous.
+        scales: float32 [M, 1], one per token, or None where the sums are scaled.
+        output_scale: float16 [N].
+        block: Hadamard block of the outputs.
+        dtype: of the result.
+        slots: (rows, units, workers) of `product`, or None.
+
+    Returns:
+        [M, N].
+    """
+    outputs, device, each = len(output_scale), sums.device.index, _each(block)
+    tokens = sums.shape[1] if slots else len(sums)
+    y = sums.new_empty((tokens, outputs), dtype=dtype)
+    if slots is None and scales is None and sums.dtype == torch.float32 and block <= _CHUNK and outputs % 8 == 0:
+        kernel, blocks = activation_kernel(device, "finish_chunks", each, dtype), -(-outputs // (THREADS // 32 * _CHUNK))
+        pointers = sums.data_ptr(), output_scale.data_ptr(), y.data_ptr()
+        kernel.launch((blocks, tokens), _stream(device), *pointers, outputs, block, _normal(block), sums.stride(0))
+        return y
+    rows, units, workers = slots or (0, 0, 0)
+    kernel = activation_kernel(device, "finish", each, dtype)
+    pointers = sums.data_ptr(), None if scales is None else scales.data_ptr(), output_scale.data_ptr(), y.data_ptr()
+    numbers = sums.dtype == torch.int32, units, rows, workers, 0 if slots else sums.stride(0), scales is not None
+    kernel.launch((-(-outputs // (each * THREADS)), tokens), _stream(device), *pointers, outputs, block, _normal(block), *numbers)
+    return y
+
+
+def embed(indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
+    """Rows of an int8 matrix with their rotation undone: [count, K], the dtype of `signs`; NaN for an index outside.
+
+    Args:
+        indices: int32 or int64 [count], contiguous.
+        weight: int8 [rows, K].
+        weight_scale: float16 [rows].
+        signs: [K].
+        block: Hadamard block.
+    """
+    (rows, inputs), each, device = weight.shape, _each(block), weight.device.index
+    y = signs.new_empty((len(indices), inputs))
+    kernel = activation_kernel(device, "embedding", each, signs.dtype)
+    pointers = (t.data_ptr() for t in (indices, weight, weight_scale, signs, y))
+    numbers = indices.dtype == torch.int64, rows, inputs, block, _normal(block)
+    kernel.launch((-(-inputs // (each * THREADS)), len(indices)), _stream(device), *pointers, *numbers)
+    return y

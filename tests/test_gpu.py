@@ -1,0 +1,89 @@
+"""What can be tested of the GPU kernels without a GPU: the layout, the Triton kernels in its interpreter, and that everything compiles.
+
+test_cuda.py runs them on a card.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+
+from septet.codes.tile import tile_bytes  # noqa: E402
+from septet.gpu import compiled, driver  # noqa: E402
+from septet.gpu.layout import arrange, units_of  # noqa: E402
+
+HERE = Path(__file__).parent
+ARCHITECTURES = ("80", "90", "120")
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton (1 GB); make test installs it if it can")
+needs_nvrtc = pytest.mark.skipif(bool(driver.obstacle()), reason="needs NVRTC; make test installs nvidia-cuda-nvrtc if it can")
+
+
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 16), (2, 37)])
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_layout_gives_every_lane_its_tiles(bits, rows, tiles, rng) -> None:
+    size = tile_bytes(bits)
+    stored = rng.integers(0, 256, (rows, tiles * size)).astype(np.uint8)
+    units, lane_bytes = units_of(4 * tiles), 8 * bits
+    arranged = arrange(torch.from_numpy(stored), bits).numpy().reshape(rows, units, 32 * lane_bytes)
+    whole = bits // 2 * 4
+    for row, unit, lane in [(rows - 1, units - 1, 0), (0, 0, 31), (rows - 1, 0, 13)]:
+        block = arranged[row, unit]
+        vectors = [block[512 * v + 16 * lane :][:16] for v in range(lane_bytes // 16)]
+        rest = block[512 * len(vectors) + lane_bytes % 16 * lane :][: lane_bytes % 16]
+        mine = np.concatenate([*vectors, rest])
+        for pair in range(2):
+            joined = mine[pair * 4 * bits :][: 4 * bits]
+            first = np.concatenate([joined[:whole], joined[whole : 2 * bits]])
+            second = np.concatenate([joined[4 * bits - whole :], joined[2 * bits : 4 * bits - whole]])
+            for which, chunk in enumerate((first, second)):
+                tile = 16 * unit + 4 * (lane % 4) + 2 * pair + which
+                begin = tile * size + 2 * bits * (lane // 4)
+                wanted = stored[row, begin : begin + 2 * bits] if tile < tiles else np.zeros(2 * bits, np.uint8)
+                assert np.array_equal(chunk, wanted)
+
+
+def run(script: str, *arguments: str, **variables: str) -> str:
+    """Run a file beside this one and return what it printed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))} | variables
+    result = subprocess.run([sys.executable, HERE / script, *arguments], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@needs_triton
+def test_triton_kernels_equal_the_reference_in_the_interpreter() -> None:
+    assert run("triton_cases.py", TRITON_INTERPRET="1").strip() == ""
+
+
+@needs_triton
+def test_triton_kernels_compile(tmp_path) -> None:
+    lines = run("triton_compile.py", *ARCHITECTURES, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert all(any(line.startswith(f"sm_{architecture} ") for line in lines) for architecture in ARCHITECTURES)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cuda_kernels_compile(architecture) -> None:
+    options = (f"--gpu-architecture=sm_{architecture}", "--std=c++17")
+    sources = [
+        compiled.trellis_source("values.cu", "layer.cu", bits=7, dtype=2),
+        compiled.trellis_source("product.cu", bits=6, many=True),
+        compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
+        compiled.source_of("values.cu", "activations.cu", E=2, DTYPE=1),
+    ]
+    for source in sources:
+        assert driver.compile_source(source, options)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_a_mistake_in_a_kernel_is_shown() -> None:
+    with pytest.raises(driver.BackendUnavailableError, match="septet.cu"):
+        driver.compile_source("int f() { return x; }", ("--gpu-architecture=sm_90",))

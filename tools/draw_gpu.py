@@ -1,0 +1,59 @@
+"""Write the tables of docs/gpu.md from benchmarks/results/gpu/*.csv.
+
+python tools/draw_gpu.py            # rewrites the tables
+python tools/draw_gpu.py --check    # exit 1 when the file would change
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "gpu.md"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu" / "h100.csv"
+START, END = "<!-- drawn by tools/draw_gpu.py -->\n", "<!-- end -->\n"
+TITLES = {
+    "bf16": "cuBLAS bf16",
+    "septet-3.5": "**3.5 bits**",
+    "septet-3.5-token": "3.5, one scale a token",
+    "septet-3.5-float": "3.5, float activations",
+    "septet-3.0": "3 bits",
+    "septet-4.0": "4 bits",
+    "torch-int4": "torch int4",
+    "septet-3.5-triton": "3.5, Triton only",
+}
+
+
+def tables() -> str:
+    """One table of times and one of energy."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(int(row["tokens"]), int(row["k"]), int(row["n"]), row["name"]): row for row in rows}
+    lines = ["| tokens | K x N | " + " | ".join(TITLES.values()) + " |", "|---:|---|" + "---:|" * len(TITLES)]
+    for tokens, k, n in sorted({key[:3] for key in found}):
+        cells = [found.get((tokens, k, n, name)) for name in TITLES]
+        shown = ["-" if row is None else f"{float(row['us']):.1f} ({float(row['of_bf16']):.2f})" for row in cells]
+        lines.append(f"| {tokens} | {k} x {n} | " + " | ".join(shown) + " |")
+    energy = {row["name"]: row["mj"] for row in rows if row["mj"]}
+    lines += ["", "Energy of one product, 8192 x 28672, one token, in mJ: "]
+    lines[-1] += ", ".join(f"{title.strip('*')} {float(energy[name]):.0f}" for name, title in TITLES.items() if name in energy) + "."
+    first = rows[0]
+    lines += ["", f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, commit {first['commit']}: `{first['command']}`."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Rewrite or check; returns the exit status."""
+    text = DOCUMENT.read_text()
+    before, _, rest = text.partition(START)
+    drawn = before + START + tables() + END + rest.partition(END)[2]
+    if sys.argv[1:] == ["--check"]:
+        return int(drawn != text)
+    DOCUMENT.write_text(drawn)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
