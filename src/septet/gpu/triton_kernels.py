@@ -31,10 +31,12 @@ def _levels(tile_pointers, bit, mask, table, BITS: tl.constexpr, MULTIPLIER: tl.
         if not OFFSET:
             first -= 8
             second -= 4
-        return first, second
-    bits |= _byte(tile_pointers, bit // 8 + 2, size, mask) << 16
-    hashed = (bits >> shift & 0xFFFF) * MULTIPLIER >> 16
-    return tl.load(table + (hashed & 127)), tl.load(table + (hashed >> 8 & 127))
+    else:
+        bits |= _byte(tile_pointers, bit // 8 + 2, size, mask) << 16
+        hashed = (bits >> shift & 0xFFFF) * MULTIPLIER >> 16
+        first = tl.load(table + (hashed & 127)).to(tl.int32)
+        second = tl.load(table + (hashed >> 8 & 127)).to(tl.int32)
+    return first, second
 
 
 @triton.jit
