@@ -87,3 +87,8 @@ def test_cuda_kernels_compile(architecture) -> None:
 def test_a_mistake_in_a_kernel_is_shown() -> None:
     with pytest.raises(driver.BackendUnavailableError, match="septet.cu"):
         driver.compile_source("int f() { return x; }", ("--gpu-architecture=sm_90",))
+
+
+def test_tables_in_the_document_are_the_result_files() -> None:
+    outcome = subprocess.run([sys.executable, HERE.parent / "tools" / "draw_gpu.py", "--check"], check=False)
+    assert outcome.returncode == 0, "run: python tools/draw_gpu.py"

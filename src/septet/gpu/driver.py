@@ -20,6 +20,7 @@ __all__ = ["Kernel", "compile_source", "load_kernel", "obstacle", "shared_memory
 _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_MAJOR_CAPABILITY = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_A_SHARED_MEMORY_CALL = 48 << 10
 
@@ -131,10 +132,12 @@ class Kernel:
         types: the ctypes type of each parameter, in order.
         threads: of a block.
         shared: bytes of dynamic shared memory.
+        overlapping: whether a launch may begin while the one before it ends.
     """
 
-    def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int) -> None:
+    def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int, overlapping: bool) -> None:
         self._function, self._types, self._threads, self._shared = function, types, threads, shared
+        self._attributes = int(overlapping)
         self._attribute = _Attribute(kind=_PROGRAMMATIC, value=1)
 
     def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | ctypes.Structure | None) -> None:
@@ -147,15 +150,20 @@ class Kernel:
         """
         values = [value if isinstance(value, ctypes.Structure) else kind(value) for kind, value in zip(self._types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        configuration = _Configuration((*grid, 1), (self._threads, 1, 1), self._shared, stream, ctypes.pointer(self._attribute), 1)
+        attribute = ctypes.pointer(self._attribute)
+        configuration = _Configuration((*grid, 1), (self._threads, 1, 1), self._shared, stream, attribute, self._attributes)
         _check_driver(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, pointers, None), "cuLaunchKernelEx")
+
+
+def _attribute_of(device: int, attribute: int) -> int:
+    value = ctypes.c_int()
+    _check_driver(_driver().cuDeviceGetAttribute(ctypes.byref(value), attribute, device), "cuDeviceGetAttribute")
+    return value.value
 
 
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a block can get on a device."""
-    value = ctypes.c_int()
-    _check_driver(_driver().cuDeviceGetAttribute(ctypes.byref(value), _SHARED_MEMORY_OF_A_BLOCK, device), "cuDeviceGetAttribute")
-    return value.value
+    return _attribute_of(device, _SHARED_MEMORY_OF_A_BLOCK)
 
 
 def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, shared: int = 0) -> Kernel:
@@ -174,4 +182,6 @@ def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, 
     _check_driver(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
     if shared > _WITHOUT_A_SHARED_MEMORY_CALL:
         _check_driver(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, shared), "cuFuncSetAttribute")
-    return Kernel(function, types, threads, shared)
+    device = ctypes.c_int()
+    _check_driver(driver.cuCtxGetDevice(ctypes.byref(device)), "cuCtxGetDevice")
+    return Kernel(function, types, threads, shared, _attribute_of(device.value, _MAJOR_CAPABILITY) >= 9)

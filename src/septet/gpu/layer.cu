@@ -157,10 +157,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const __grid_c
     int left = all * min(worker + 1, l.workers) / l.workers - begin;
     const u32 *fours = l.weights + (size_t)begin * kUnitWords + lane * 4, *twos = fours - lane * 4 + kWords / 4 * 128 + lane * 2;
     u32 w[kWords], next[kWords];
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_the_next_begin();
     if (left) load_unit(w, fours, twos);
     fill_table();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_inputs();
     const bool segmented = l.segment_shift >= 0;
     const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
     i8* values = (i8*)shared_memory;

@@ -16,8 +16,8 @@ product(const u32* __restrict__ weights, const u32* __restrict__ inputs, const f
     if (left) load_unit(w, fours, twos);
     fill_table();
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    let_the_next_begin();
+    wait_for_inputs();
     if (!left) return;
     const Lookup lookup = {address_parts(lane), one};
     int row = begin / units, unit = begin % units;

@@ -24,8 +24,6 @@ __device__ __forceinline__ Value write(float v) { u16 h; asm("cvt.rn.bf16.f32 %0
 
 __device__ __forceinline__ float of_half(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 __device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ float butterfly(float mine, float other, bool upper) {
     return upper ? __fadd_rn(other, -mine) : __fadd_rn(mine, other);
