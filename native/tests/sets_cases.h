@@ -281,12 +281,12 @@ inline void run_engine(Results& results, Random& random, int cache, int head_cod
     std::vector<int32_t> text(static_cast<size_t>(tokens));
     for (int32_t& token : text) token = static_cast<int32_t>(random.next() % vocabulary);
     std::vector<float> logits(3 * vocabulary);
-    require(septet_engine_run(engine, text.data(), tokens, 3, logits.data(), 1));
+    require(septet_engine_run(engine, 0, text.data(), tokens, 3, logits.data(), 1));
     for (float logit : logits)
         if (!std::isfinite(logit)) require(SEPTET_ERROR_RANGE);
     results.add("logits", logits);
     for (int64_t i = 0; i < 3; i++) {
-        require(septet_engine_run(engine, text.data() + i, 1, 1, logits.data(), 1));
+        require(septet_engine_run(engine, 0, text.data() + i, 1, 1, logits.data(), 1));
         results.add("logits of one token", logits);
     }
     septet_engine_free(engine);
