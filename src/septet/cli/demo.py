@@ -78,8 +78,8 @@ def make_quantized(original: Path, out: Path, code: str) -> None:
     """Quantize the original, or check what is there."""
     from septet import checkpoint
 
-    # Effort 1 is quick; `septet quantize` does more by default.
-    options = checkpoint.QuantizeOptions(code=code, effort=1, calibration="self")
+    # Effort 1 and little text are quick; `septet quantize` does more by default.
+    options = checkpoint.QuantizeOptions(code=code, effort=1, calibration="self", calibration_tokens=4096)
     if not out.exists():
         quantize_with_bar(str(original), out, options, resume=True, calibration="self")
         return
