@@ -177,9 +177,7 @@ def _measure(case: KernelCase, matrix: LayerWeights, rounds: int, builds: Sequen
     return [_row(case, memory.nbytes, name, builds[place], taken, reading, seconds[0, name]) for (place, name), taken in seconds.items()]
 
 
-def _row(
-    case: KernelCase, size: int, name: str, build: KernelBuild, taken: list[float], reading: list[float], first: list[float]
-) -> dict:
+def _row(case: KernelCase, size: int, name: str, build: KernelBuild, taken: list[float], reading: list[float], first: list[float]) -> dict:
     weights = [case.k * case.n / 1e9 / value for value in taken]
     return {
         "name": name, "code": case.code, "backend": build.name, "k": case.k, "n": case.n, "tokens": case.tokens,

@@ -79,6 +79,7 @@ def _fill_from(source: _Source, engine: _native.Engine, shape: ModelShape) -> No
         if shape.windows[layer]:
             engine.set_window(layer, shape.windows[layer])
 
+
 @dataclass(eq=False)
 class _Source:
     """A checkpoint that hands out tensors, has them checked, and remembers which. Nothing is checked for sure before `finish`."""
