@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from septet.bench.provenance import processor_name
 from septet.errors import OptionError
 
 __all__ = ["SCHEMA", "Slice", "file_of", "finished", "machine_facts", "save"]
@@ -102,7 +103,7 @@ def machine_facts(root: Path, command: str) -> dict[str, object]:
         + ("+changes" if _git(root, "status", "--porcelain", "src", "benchmarks/*.py") else ""),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("numpy", "torch", "transformers")},
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
+        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
     }
 
 
@@ -111,12 +112,3 @@ def _git(root: Path, *words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _processor() -> str:
-    """The processor's name as Linux knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,7 +13,7 @@ from pathlib import Path
 from septet import __version__
 from septet.errors import OptionError
 
-__all__ = ["append_rows", "provenance"]
+__all__ = ["append_rows", "processor_name", "provenance"]
 
 _LIBRARIES = ("numpy", "torch", "transformers", "llama-cpp-python")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +37,7 @@ def provenance(*command: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} processors",
+        "machine": f"{processor_name()}, {os.cpu_count()} processors",
         "instruction_set": native.instruction_set(),
         "versions": " ".join(f"{name} {version}" for name, version in installed.items()),
         "commit": _commit(),
@@ -90,7 +90,7 @@ def _git(*words: str) -> str:
         return ""
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name as Linux knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
