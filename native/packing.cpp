@@ -57,7 +57,10 @@ int encode(const MakeTables& make_tables, const int16_t* fixed, int64_t tiles, u
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
         const auto& width = make_tables();
         std::atomic<bool> failed{false};
-        parallel_for(workers, tiles, [&](int64_t first, int64_t last) {
+        // Threads share whole batches, as equal as they can be and as many for each thread: a tile alone takes almost as long as two.
+        const int64_t full = (tiles + kBatch - 1) / kBatch, batches = std::min(tiles, (full + workers - 1) / workers * workers);
+        parallel_for(workers, batches, [&](int64_t first_batch, int64_t last_batch) {
+            const int64_t first = tiles * first_batch / batches, last = tiles * last_batch / batches;
             try {
                 viterbi_encode(width.tables(), *kernels.viterbi, fixed + first * kTileWeights, last - first, symbols + first * kTilePairs);
             } catch (const std::bad_alloc&) {

@@ -27,8 +27,9 @@ struct Scalar {
     static Type min(Type a, Type b) { return std::min(a, b); }
     static Type bit_and(Type a, Type b) { return a & b; }
     static Type bit_or(Type a, Type b) { return a | b; }
-    static Type dot2(Type sum, Type a, Type b) {
-        return sum + static_cast<int16_t>(a & 0xFFFF) * static_cast<int16_t>(b & 0xFFFF) + (a >> 16) * (b >> 16);
+    static Type metric(Type cost, Type input, Type level) {
+        const int first = static_cast<int16_t>(level & 0xFFFF), second = level >> 16;
+        return cost + (static_cast<int16_t>(input & 0xFFFF) + (first >> 7)) * first + ((input >> 16) + (second >> 7)) * second;
     }
     static Type times_groups(int c, int groups) { return c * groups; }
     static int32_t reduce_min(Type v) { return v; }
@@ -121,10 +122,8 @@ private:
 const ViterbiKernel viterbi_scalar = viterbi_kernel<Scalar>();
 
 WidthTables::WidthTables(int bits, const int8_t* window_levels) {
-    auto levels = buffer<int32_t>(1 << kWindowBits), norms = buffer<int32_t>(1 << kWindowBits);
-    levels_ = levels.release();
-    norms_ = norms.release();
-    tables_ = {bits, levels_, norms_};
+    levels_ = buffer<int32_t>(1 << kWindowBits).release();
+    tables_ = {bits, levels_};
     for (int group = 0; group < groups(bits); group++)
         for (int low = 0; low < 1 << bits; low++)
             for (int c = 0; c < 1 << bits; c++) {
@@ -132,14 +131,10 @@ WidthTables::WidthTables(int bits, const int8_t* window_levels) {
                 const int first = window_levels[2 * w], second = window_levels[2 * w + 1];
                 const int16_t scaled[2] = {static_cast<int16_t>(-first * 256), static_cast<int16_t>(-second * 256)};
                 std::memcpy(&levels_[index], scaled, sizeof scaled);
-                norms_[index] = 2 * (first * first + second * second) * 256;
             }
 }
 
-WidthTables::~WidthTables() {
-    std::free(levels_);
-    std::free(norms_);
-}
+WidthTables::~WidthTables() { std::free(levels_); }
 
 void viterbi_encode(const ViterbiTables& tables, const ViterbiKernel& kernel, const int16_t* fixed, int64_t tiles, uint8_t* symbols) {
     Search search(tables, kernel);

@@ -15,7 +15,6 @@ public:
 
 private:
     int32_t* levels_;
-    int32_t* norms_;
     ViterbiTables tables_;
 };
 

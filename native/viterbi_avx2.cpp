@@ -25,7 +25,9 @@ struct Avx2 {
     static Type min(Type a, Type b) { return _mm256_min_epi32(a, b); }
     static Type bit_and(Type a, Type b) { return _mm256_and_si256(a, b); }
     static Type bit_or(Type a, Type b) { return _mm256_or_si256(a, b); }
-    static Type dot2(Type sum, Type a, Type b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    static Type metric(Type cost, Type input, Type level) {
+        return _mm256_add_epi32(cost, _mm256_madd_epi16(_mm256_add_epi16(input, _mm256_srai_epi16(level, 7)), level));
+    }
     static Type times_groups(int c, int groups) {
         return _mm256_mullo_epi32(_mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(c)), all(groups));
     }

@@ -18,7 +18,9 @@ struct Avx512 {
     static Type min(Type a, Type b) { return _mm512_min_epi32(a, b); }
     static Type bit_and(Type a, Type b) { return _mm512_and_si512(a, b); }
     static Type bit_or(Type a, Type b) { return _mm512_or_si512(a, b); }
-    static Type dot2(Type sum, Type a, Type b) { return _mm512_dpwssd_epi32(sum, a, b); }
+    static Type metric(Type cost, Type input, Type level) {
+        return _mm512_dpwssd_epi32(cost, _mm512_add_epi16(input, _mm512_srai_epi16(level, 7)), level);
+    }
     static Type times_groups(int c, int groups) {
         const Type index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm512_mullo_epi32(_mm512_add_epi32(index, all(c)), all(groups));

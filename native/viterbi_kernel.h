@@ -15,10 +15,10 @@ constexpr int kBatch = 4;        // at most so many tiles share one pass over th
 constexpr int kMetricShift = 8;  // a cost carries its survivor in these low bits
 
 // Per-width tables in the order the search reads them: [group][low][c].
+// The metric of a window is (2 T0 - X0) T0 + (2 T1 - X1) T1, so the levels are all there is to read.
 struct ViterbiTables {
     int bits;
     int32_t* levels;  // two int16: -T0 << 8, -T1 << 8
-    int32_t* norms;   // 2 (T0^2 + T1^2) << 8
 };
 
 constexpr int states(int bits) { return 1 << (kWindowBits - bits); }
@@ -50,15 +50,12 @@ void advance(const ViterbiStep& step) {
                 for (int r = 0; r < block; r++) best[t][r] = Vector::all(INT32_MAX);
             }
             const int32_t* levels = step.tables->levels + ((group << bits) << bits) + c;
-            const int32_t* norms = step.tables->norms + ((group << bits) << bits) + c;
-            for (int low = 0; low < branches; low++, levels += branches, norms += branches) {
+            for (int low = 0; low < branches; low++, levels += branches) {
                 const int32_t* cost = step.costs + slot_of_state(group << bits | low, bits);
                 for (int r = 0; r < block; r++) {
-                    const auto level = Vector::load(levels + r * lanes), norm = Vector::load(norms + r * lanes);
-                    for (int t = 0; t < batch; t++) {
-                        const auto start = Vector::add(norm, Vector::all(cost[t * count]));
-                        best[t][r] = Vector::min(best[t][r], Vector::dot2(start, input[t], level));
-                    }
+                    const auto level = Vector::load(levels + r * lanes);
+                    for (int t = 0; t < batch; t++)
+                        best[t][r] = Vector::min(best[t][r], Vector::metric(Vector::all(cost[t * count]), input[t], level));
                 }
             }
             for (int t = 0; t < batch; t++)

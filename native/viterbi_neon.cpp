@@ -24,9 +24,9 @@ struct Neon {
     static Type min(Type a, Type b) { return vminq_s32(a, b); }
     static Type bit_and(Type a, Type b) { return vandq_s32(a, b); }
     static Type bit_or(Type a, Type b) { return vorrq_s32(a, b); }
-    static Type dot2(Type sum, Type a, Type b) {
-        const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
-        return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+    static Type metric(Type cost, Type input, Type level) {
+        const int16x8_t y = vreinterpretq_s16_s32(level), x = vaddq_s16(vreinterpretq_s16_s32(input), vshrq_n_s16(y, 7));
+        return vaddq_s32(cost, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
     }
     static Type times_groups(int c, int groups) {
         constexpr int32_t lane[4] = {0, 1, 2, 3};

@@ -1,12 +1,22 @@
-"""How many threads Python code may use: the same rule as in the native kernels."""
+"""How many threads Python code may use, the same rule as in the native kernels; and how numpy's products share them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 from septet.errors import OptionError
 
-__all__ = ["default_threads"]
+__all__ = ["default_threads", "one_blas_thread", "side_by_side"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _MOST_THREADS = 1024
 
@@ -24,6 +34,35 @@ def default_threads() -> int:
         if _is_positive(text):
             return min(int(text), _MOST_THREADS)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Let numpy's products run on the calling thread until the end of the `with`.
+
+    Threads of BLAS look out for work for a while after each product, and take processors from others meanwhile: that is dear where
+    small products and the native encoder take turns.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+def side_by_side(work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0) -> list[_Result]:
+    """Apply `work` to all items, each on a thread of its own; a single one has all threads of numpy's products.
+
+    Args:
+        work: called in worker threads; numpy lets them run at the same time.
+        items: what to work on.
+        threads: 0 is the default number.
+    """
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with one_blas_thread(), ThreadPoolExecutor(min(threads or default_threads(), len(items))) as pool:
+        return list(pool.map(work, items))
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS that numpy has loaded; looking for it takes a moment."""
+    return ThreadpoolController()
 
 
 def _is_positive(text: str) -> bool:

@@ -23,6 +23,7 @@ from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.refit import refit_output_scale
 from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_rows
 from septet.quantize.tensor import QuantizedTensor, RowSource, common_inputs
+from septet.quantize.threads import one_blas_thread, side_by_side
 
 __all__ = ["quantize_trellis", "row_scales"]
 
@@ -79,10 +80,13 @@ def quantize_trellis(
         wanted = rotation.random_signs(seed, f"{name}/out", weight.shape[0]) * magnitude / 2.0**exponent
         makers.append(_Maker(weight, name, wanted, basis, None if known is None else known[position]))
     for bunch in _bunches([piece for maker in makers for piece in maker.pieces()], basis.piece_weights()):
-        prepared = [maker.prepare(start, stop) for maker, start, stop in bunch]
-        encoded = encode_sheets([sheet for sheet, _ in prepared], metric.factor, bits_per_pair, threads)
-        for (maker, start, stop), (sheet, scale), (coded, levels) in zip(bunch, prepared, encoded):
-            maker.accept(slice(start, stop), basis.refit(sheet.rotated, levels, scale, maker.name), coded, levels)
+        prepared = side_by_side(lambda piece: piece[0].prepare(*piece[1:]), bunch, threads)
+        with one_blas_thread():
+            encoded = encode_sheets([sheet for sheet, _ in prepared], metric.factor, bits_per_pair, threads)
+        found = [(maker.name, sheet.rotated, scale, levels) for (maker, _, _), (sheet, scale), (_, levels) in zip(bunch, prepared, encoded)]
+        fitted = side_by_side(lambda piece: basis.refit(*piece), found, threads)
+        for (maker, start, stop), scale, (coded, levels) in zip(bunch, fitted, encoded):
+            maker.accept(slice(start, stop), scale, coded, levels)
     return [maker.result() for maker in makers]
 
 
@@ -151,7 +155,7 @@ class _Basis:
         rotated = rotation.rotate(rows, sigma, self.input_scale, self.input_block, self.output_block)
         return corrected(rotated, self.metric), scale
 
-    def refit(self, rotated: np.ndarray, levels: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
+    def refit(self, name: str, rotated: np.ndarray, scale: np.ndarray, levels: np.ndarray) -> np.ndarray:
         """Better output scales for the levels of rotated rows, float16; the old ones where nothing is known of the inputs."""
         if self.metric.hessian is None:
             return scale
