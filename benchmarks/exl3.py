@@ -15,6 +15,8 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import math
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ import torch
 from quality import BLOCKS_ONLY, ROOT, SAMPLE
 from quality_results import Slice, file_of, machine_facts, save
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from septet import checkpoint, loading
 from septet.evaluation import Windows, cut_windows, score_models
@@ -123,7 +126,8 @@ def make(contender: Contender, model: Path, place: Path) -> None:
     if seconds_of(place) is not None:
         return
     if contender.family == "exl3":
-        options = ["-i", model, "-o", place, "-w", f"{place}.work", "-b", contender.bits, "-hb", 16]
+        wide = widened(model, Path(f"{place}.wide"))
+        options = ["-i", wide, "-o", place, "-w", f"{place}.work", "-b", contender.bits, "-hb", 16]
         words = ["exllamav3.conversion.convert_model", *options]
     else:
         words = ["septet", "quantize", model, place, "--device", "cuda", "--bits", contender.bits, "--head", "keep"]
@@ -144,6 +148,40 @@ def seconds_of(place: Path) -> float | None:
     """How long making a checkpoint took; None: it is not there."""
     note = place.with_name(f"{place.name}.seconds")
     return json.loads(note.read_text()) if note.is_file() else None
+
+
+def widened(model: Path, place: Path) -> Path:
+    """The same function of a LLaMA with more hidden channels, all zero, until 128 divides them, as exllamav3's gated MLPs need.
+
+    Zeros lower the mean square that RMSNorm divides by; its weights and its epsilon make up for that. Rows and columns of zeros are
+    what exllamav3 itself adds to layers that it pads. Returns where it lies, which is MODEL itself if 128 divides already.
+    """
+    config = json.loads((model / "config.json").read_text())
+    hidden = config["hidden_size"]
+    wide = -(-hidden // 128) * 128
+    if wide == hidden:
+        return model
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(model, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            missing = [wide - hidden if size == hidden and _is_hidden(name, axis) else 0 for axis, size in enumerate(tensor.shape)]
+            if tensor.ndim == 1:
+                tensor = tensor.float() * math.sqrt(hidden / wide)
+            tensors[name] = torch.nn.functional.pad(tensor, [count for size in reversed(missing) for count in (0, size)])
+        save_file(tensors, place / path.name, metadata={"format": "pt"})
+    config["head_dim"] = config.get("head_dim") or hidden // config["num_attention_heads"]
+    config |= {"hidden_size": wide, "rms_norm_eps": config["rms_norm_eps"] * hidden / wide}
+    (place / "config.json").write_text(json.dumps(config, indent=1))
+    return place
+
+
+def _is_hidden(name: str, axis: int) -> bool:
+    """Whether an axis of a LLaMA's tensor counts hidden channels; heads can be as many."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return axis == 0
+    return axis == 1 or name.endswith("norm.weight")
 
 
 def exl3_text(model: Path) -> str:
