@@ -167,7 +167,7 @@ def widened(model: Path, place: Path) -> Path:
         tensors = load_file(path)
         for name, tensor in tensors.items():
             missing = [wide - hidden if size == hidden and _is_hidden(name, axis) else 0 for axis, size in enumerate(tensor.shape)]
-            if tensor.ndim == 1:
+            if name.endswith("norm.weight"):
                 tensor = tensor.float() * math.sqrt(hidden / wide)
             tensors[name] = torch.nn.functional.pad(tensor, [count for size in reversed(missing) for count in (0, size)])
         save_file(tensors, place / path.name, metadata={"format": "pt"})
@@ -179,7 +179,7 @@ def widened(model: Path, place: Path) -> Path:
 
 def _is_hidden(name: str, axis: int) -> bool:
     """Whether an axis of a LLaMA's tensor counts hidden channels; heads can be as many."""
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if ".o_proj." in name or ".down_proj." in name:
         return axis == 0
     return axis == 1 or name.endswith("norm.weight")
 
