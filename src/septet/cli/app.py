@@ -110,6 +110,6 @@ def main() -> None:
     """Entry point of the command `septet`."""
     # OpenMP threads that spin while they wait make torch ten times slower on a busy machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Those of numpy's BLAS would spin for 2^26 clock ticks after each product, and take a processor from the encoder; read when numpy is imported.
+    # Those of numpy's BLAS spin for 2^26 clock ticks after each product and take a processor from the encoder; read when numpy is imported.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     app(prog_name="septet")
