@@ -23,6 +23,7 @@ __all__ = [
     "activation_kernel",
     "fits",
     "layer_kernel",
+    "levels_kernel",
     "product_kernel",
     "source_of",
     "trellis_source",
@@ -58,7 +59,7 @@ class LayerArguments(ctypes.Structure):
 
 _PARAMETERS = {
     "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
-    "levels": (_P, _P, _I, _I, _I),
+    "levels": (_P, _P, _I, _I, _I, _I, _I),
     "rotate": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
     "rotate_chunks": (_P, _P, _P, _P, _I, _I, _I, _F, _I, _I),
     "round_tokens": (_P, _P, _P, _P, _I, _I, _I),
@@ -129,6 +130,14 @@ def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
     source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=DTYPES[dtype])
     shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
     return load_kernel(compile_source(source, _options(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
+
+
+@cache
+def levels_kernel(device: int, bits: int, is_bfloat: bool) -> Kernel:
+    places = 2 if is_bfloat else _places(device)
+    source = trellis_source("levels.cu", bits=bits, is_float=is_bfloat, places=places)
+    shared = _TABLE_AT + _TABLE_BYTES * places // 2
+    return load_kernel(compile_source(source, _options(device)), "levels", _PARAMETERS["levels"], 32 * WARPS, shared)
 
 
 @cache

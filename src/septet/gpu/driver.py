@@ -15,7 +15,7 @@ from functools import cache
 
 from septet.errors import BackendUnavailableError
 
-__all__ = ["Kernel", "compile_source", "load_kernel", "obstacle", "shared_memory"]
+__all__ = ["Kernel", "TensorMap", "compile_source", "load_kernel", "obstacle", "shared_memory", "tensor_map"]
 
 _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -23,12 +23,21 @@ _SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOC
 _MAJOR_CAPABILITY = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_A_SHARED_MEMORY_CALL = 48 << 10
+# of cuTensorMapEncodeTiled: bytes; no interleaving; 128 bytes a row, swizzled; lines of 256 bytes in the L2; zeros outside
+_MAP_OF_BYTES, _MAP_PLAIN, _MAP_SWIZZLED, _MAP_L2, _MAP_ZEROS = 0, 0, 3, 3, 0
+_MAP_ALIGNMENT = 64
 
 
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute: a kind, padding, and a union of 64 bytes of which the first number is used here."""
 
     _fields_ = [("kind", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60)]
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
 
 
 class _Configuration(ctypes.Structure):
@@ -164,6 +173,24 @@ def _attribute_of(device: int, attribute: int) -> int:
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a block can get on a device."""
     return _attribute_of(device, _SHARED_MEMORY_OF_A_BLOCK)
+
+
+def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> TensorMap:
+    """A matrix that Hopper's copy engine reads in boxes of 128 bytes a row, zeros outside.
+
+    Args:
+        address: of the matrix, a multiple of 16.
+        rows, row_bytes: its size; row_bytes a multiple of 16.
+        box_rows: of a box, at most 256.
+    """
+    memory = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + _MAP_ALIGNMENT)
+    aligned = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    sizes, strides = (ctypes.c_uint64 * 2)(row_bytes, rows), (ctypes.c_uint64 * 1)(row_bytes)
+    box, steps = (ctypes.c_uint32 * 2)(128, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    what = ctypes.c_void_p(aligned), _MAP_OF_BYTES, 2, ctypes.c_void_p(address), sizes, strides, box, steps
+    status = _driver().cuTensorMapEncodeTiled(*what, _MAP_PLAIN, _MAP_SWIZZLED, _MAP_L2, _MAP_ZEROS)
+    _check_driver(status, "cuTensorMapEncodeTiled")
+    return TensorMap.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(TensorMap)))
 
 
 def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, shared: int = 0) -> Kernel:

@@ -10,7 +10,7 @@ from septet.gpu import compiled
 from septet.gpu.compiled import THREADS, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "levels", "product", "rotate", "takes_whole_layer", "whole_layer"]
+__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "product", "rotate", "takes_whole_layer", "whole_layer"]
 
 #: Tokens of one `product`.
 MOST_TOKENS = 16
@@ -159,16 +159,6 @@ def whole_layer(
     arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
     return y
-
-
-def levels(arranged: torch.Tensor, bits: int, rows: range, units: int) -> torch.Tensor:
-    """Levels of some rows of tiles: int8 [len(rows) * 64, units * 64]."""
-    device, count = arranged.device.index, len(rows) * units
-    to = arranged.new_empty((len(rows) * 64, units * UNIT_INPUTS), dtype=torch.int8)
-    kernel, workers = product_kernel(device, "levels", bits, False, False), workers_of(device, count)
-    start = arranged.data_ptr() + rows.start * units * UNIT_INPUTS * 4 * bits
-    kernel.launch((-(-workers // compiled.WARPS), 1), _stream(device), start, to.data_ptr(), len(rows), units, 1)
-    return to
 
 
 def finish(

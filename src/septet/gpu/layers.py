@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
-from septet.gpu import compiled, launches, portable
+from septet.gpu import compiled, launches, many, portable
 from septet.gpu.driver import obstacle
 from septet.gpu.layout import UNIT_INPUTS, arrange, units_of
 
@@ -116,6 +116,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str
     if layer.arranged is None:
         return _portable(x, weight.contiguous(), layer, activations)
     if len(x) > FEW_TOKENS:
+        if many.takes(layer, x, activations):
+            return many.linear(x, layer, activations)
         return _many_tokens(x, layer, activations)
     parts = [_few_tokens(part, layer, activations) for part in x.split(launches.MOST_TOKENS)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -142,18 +144,20 @@ def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tenso
         # larger segments than the dense product takes are cut, and each piece gets the scale of the whole
         scales = scales.repeat_interleave(layer.segment // segment, dim=1)
     sums = x.new_empty((len(x), layer.rows * TILE_OUTPUTS), dtype=torch.float32)
+    # levels are exact in bfloat16, activations lose what they lose in a bfloat16 model; sums are float32
+    kind = torch.bfloat16 if is_float and x.dtype != torch.float32 else torch.int8
     step = max(1, _LEVEL_BYTES // (units * UNIT_INPUTS * TILE_OUTPUTS))
     for first in range(0, layer.rows, step):
         rows = range(first, min(first + step, layer.rows))
-        levels = launches.levels(layer.arranged, layer.bits, rows, units)
+        levels = x.new_empty((len(rows) * TILE_OUTPUTS, units * UNIT_INPUTS), dtype=kind)
+        many.levels(levels, layer.arranged, layer.bits, rows, range(units), units)
         part = sums[:, first * TILE_OUTPUTS : rows.stop * TILE_OUTPUTS]
         if not is_float:
             portable.dense(levels, values, scales, None, segment, out=part)
         elif x.dtype == torch.float32:
             torch.mm(values, levels.to(torch.float32).t(), out=part)
         else:
-            # levels are exact in bfloat16, activations lose what they lose in a bfloat16 model; sums are float32
-            part.copy_(torch.mm(values.to(torch.bfloat16), levels.to(torch.bfloat16).t(), out_dtype=torch.float32))
+            part.copy_(torch.mm(values.to(torch.bfloat16), levels.t(), out_dtype=torch.float32))
     return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
 
 

@@ -1,4 +1,4 @@
-// Products of a few tokens with trellis weights, and the weights' levels. Follows decode.cu.
+// Products of a few tokens with trellis weights. Follows decode.cu.
 //
 // A warp walks over consecutive units and leaves one partial sum per row of tiles it has touched, in a slot of its own; `finish` in
 // activations.cu adds them in order. No atomics: the same bits every time.
@@ -61,26 +61,3 @@ product(const u32* __restrict__ weights, const u32* __restrict__ inputs, const f
         for (int i = 0; i < TILES_OF_8 * kXParts * kXWords; i++) (&x[0][0][0])[i] = (&next_x[0][0][0])[i];
     }
 }
-
-#if !FLOAT
-// Levels of rows [first_row, first_row + rows) of tiles: int8 [rows * 64][units * 64].
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
-levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int units, u32 one) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int workers = gridDim.x * WARPS;
-    fill_table();
-    __syncthreads();
-    for (int at = blockIdx.x * WARPS + (threadIdx.x >> 5); at < rows * units; at += workers) {
-        u32 w[kWords], a[5], b[5], c[5], d[5];
-        const u32* unit_words = weights + (size_t)at * kUnitWords;
-        load_unit(w, unit_words + lane * 4, unit_words + kWords / 4 * 128 + lane * 2);
-        chunks(w, lane, a, b);
-        chunks(w + BITS, lane, c, d);
-        const int row = at / units, unit = at % units;
-        const Lookup lookup = {address_parts(lane), one};
-        #pragma unroll
-        for (int o = 0; o < 8; o++)
-            to[(((size_t)row * 64 + 8 * g + o) * units + unit) * 4 + t] = make_uint4(lookup.four(a, o), lookup.four(b, o), lookup.four(c, o), lookup.four(d, o));
-    }
-}
-#endif

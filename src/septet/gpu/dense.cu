@@ -1,0 +1,317 @@
+// Products of many tokens with decoded levels on Hopper's tensor cores, and the rotation of the outputs. Follows values.cu; sm_90a.
+//
+// A block makes 128 tokens x 128 outputs. One warp brings 128 bytes of the inputs of each at a time into a ring of shared memory; two
+// warpgroups multiply, 64 tokens each. Two blocks are a cluster: they have the same tokens, of which each brings half for both, and
+// together the 256 outputs of a Hadamard block. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
+// ascending order, each step rounded on its own, so that results have the bits of the reference.
+// The warpgroups take turns: while one scales its sums, the tensor cores work for the other.
+//
+// Inputs may be cut into several launches: `carry_in` and `carry_out` hold the sums between them.
+//
+// Macros: MODE 0 int8 with segments, 1 int8 with one scale per token, 2 bfloat16; STAGES of the ring; ORDERED 0|1; DTYPE of the result.
+
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
+struct DenseArguments {
+    TensorMap tokens_map, levels_map;   // bytes, 128 x 64 and 128 x 128 at a time, swizzled
+    const float* scales;                // [tokens][scale_columns], from the first segment of this launch
+    const u16* output_scale;
+    Value* y;                           // [tokens][y_columns], unless there is `carry_out`
+    const u32* carry_in;                // [tokens][carry_columns] or null
+    u32* carry_out;
+    int tokens, outputs, steps, first_step, segment_steps, scale_columns, y_columns, carry_columns, output_block;
+    float normal;
+};
+
+constexpr int kTileTokens = 128, kTileOutputs = 128, kStep = 128, kConsumerWarps = 8;
+constexpr u32 kStageBytes = (kTileTokens + kTileOutputs) * kStep, kBarriersAt = STAGES * kStageBytes;
+constexpr int kPitch = 2 * kTileOutputs + 8;   // of floats that the two blocks exchange
+static_assert(64 * kPitch * 4 <= kBarriersAt, "what the blocks exchange takes the place of the ring");
+extern __shared__ __align__(1024) unsigned char ring[];
+
+#if MODE == 2
+typedef float Sum;
+#define ONE(i) "+f"(acc[i])
+#define INSTRUCTION "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+#define IMMEDIATES ", 1, 1, 0, 0"
+#else
+typedef int Sum;
+#define ONE(i) "+r"(acc[i])
+#define INSTRUCTION "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+#define IMMEDIATES ""
+#endif
+#define EIGHT(i) ONE(i), ONE(i + 1), ONE(i + 2), ONE(i + 3), ONE(i + 4), ONE(i + 5), ONE(i + 6), ONE(i + 7)
+
+// acc = a * b, plus acc if `add`. Tokens 8j + 2t + {0, 1} ... see `row_of` for what a lane has.
+__device__ __forceinline__ void multiply(Sum (&acc)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" INSTRUCTION
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
+        " %64, %65, add" IMMEDIATES ";\n}\n"
+        : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void hold(Sum (&acc)[64]) {
+    #pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : ONE(i) :: "memory");
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+
+// A matrix in shared memory, 128 bytes a row, 16-byte pieces swizzled over 8 rows.
+__device__ __forceinline__ u64 matrix_at(u32 address) { return (address & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}\n"
+            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ u32 in_block(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Barriers of the ring: a stage is full when its bytes are here, empty when 8 warps of both blocks are done with it.
+struct Ring {
+    u32 at;
+    __device__ __forceinline__ u32 stage(int slot) const { return at + slot * kStageBytes; }
+    __device__ __forceinline__ u32 full(int slot) const { return at + kBarriersAt + 16 * slot; }
+    __device__ __forceinline__ u32 empty(int slot) const { return full(slot) + 8; }
+
+    __device__ __forceinline__ void prepare() const {
+        for (int slot = 0; slot < STAGES; slot++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full(slot)));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty(slot)), "n"(2 * kConsumerWarps));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+
+    // By a whole warp.
+    __device__ __forceinline__ void release(int slot, int lane) const {
+        if (lane < 2) asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(in_block(empty(slot), lane)) : "memory");
+    }
+};
+
+__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, u32 rank, int token, int output) {
+    const u64 tokens_map = (u64)&d.tokens_map, levels_map = (u64)&d.levels_map;
+    const unsigned short both = 3;
+    for (int step = 0; step < d.steps; step++) {
+        const int slot = step % STAGES, parity = step / STAGES & 1;
+        const u32 full = ring.full(slot), stage = ring.stage(slot);
+        wait_for(ring.empty(slot), parity ^ 1);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(kStageBytes) : "memory");
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+            :: "r"(stage + kTileTokens * kStep), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+            :: "r"(stage + rank * 64 * kStep), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(token + (int)rank * 64), "r"(full), "h"(both) : "memory");
+    }
+}
+
+// What a lane has: acc[4 * j + 2 * i + c] is token 16 * (warp % 4) + lane / 4 + 8 * i of its warpgroup's 64, output 8 * j + 2 * (lane % 4) + c.
+struct Place {
+    int token, output;   // of acc[0], in the launch
+
+    __device__ __forceinline__ bool inside(const DenseArguments& d, int i, int j) const { return token + 8 * i < d.tokens && output + 8 * j < d.outputs; }
+
+    template <class T>
+    __device__ __forceinline__ void load(const DenseArguments& d, T (&sums)[64]) const {
+        #pragma unroll
+        for (int j = 0; j < 16; j++)
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint2 two = make_uint2(0, 0);
+                if (d.carry_in && inside(d, i, j)) two = *(const uint2*)(d.carry_in + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j);
+                *(u32*)&sums[4 * j + 2 * i] = two.x;
+                *(u32*)&sums[4 * j + 2 * i + 1] = two.y;
+            }
+    }
+
+    template <class T>
+    __device__ __forceinline__ void store(const DenseArguments& d, const T (&sums)[64]) const {
+        #pragma unroll
+        for (int j = 0; j < 16; j++)
+            #pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (inside(d, i, j))
+                    *(uint2*)(d.carry_out + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j) =
+                        make_uint2(*(const u32*)&sums[4 * j + 2 * i], *(const u32*)&sums[4 * j + 2 * i + 1]);
+    }
+
+    __device__ __forceinline__ float scale(const DenseArguments& d, int i, int segment) const {
+        return token + 8 * i < d.tokens ? d.scales[(size_t)(token + 8 * i) * d.scale_columns + segment] : 0.f;
+    }
+};
+
+// Sums of a segment that begins at `step` of the ring; returns the next step.
+__device__ __forceinline__ int multiply_segment(Sum (&acc)[64], const DenseArguments& d, const Ring& ring, int step, int group, int lane) {
+    const int begin = step, end = min(d.steps, step + d.segment_steps);
+#if ORDERED
+    asm volatile("bar.sync %0, 256;" :: "r"(1 + group) : "memory");
+#endif
+    for (; step < end; step++) {
+        const int slot = step % STAGES;
+        wait_for(ring.full(slot), step / STAGES & 1);
+        const u64 a = matrix_at(ring.stage(slot) + group * 64 * kStep), b = matrix_at(ring.stage(slot) + kTileTokens * kStep);
+        begin_products();
+        #pragma unroll
+        for (int k = 0; k < 4; k++) multiply(acc, a + 2 * k, b + 2 * k, step > begin || k);
+        commit_products();
+        if (step - begin >= 2) {
+            wait_for_products<2>();
+            ring.release((step - 2) % STAGES, lane);
+        }
+    }
+#if ORDERED
+    if (end < d.steps || group == 0) asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory");
+#endif
+    wait_for_products<0>();
+    hold(acc);
+    for (int done = max(begin, end - 2); done < end; done++) ring.release(done % STAGES, lane);
+    return step;
+}
+
+// Butterflies of strides 1 .. 64 over the outputs.
+__device__ __forceinline__ void rotate_outputs(float (&v)[64], int block, int lane) {
+    if (block > 1)
+        #pragma unroll
+        for (int i = 0; i < 64; i += 2) {
+            const float a = v[i], b = v[i + 1];
+            v[i] = __fadd_rn(a, b);
+            v[i + 1] = __fadd_rn(a, -b);
+        }
+    #pragma unroll
+    for (int h = 1; h < 4; h *= 2)
+        if (block > 2 * h)
+            #pragma unroll
+            for (int i = 0; i < 64; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h), lane & h);
+    #pragma unroll
+    for (int h = 1; h < 16; h *= 2)
+        if (block > 8 * h)
+            #pragma unroll
+            for (int i = 0; i < 64; i++)
+                if (!(i / 4 & h)) {
+                    const float a = v[i], b = v[i + 4 * h];
+                    v[i] = __fadd_rn(a, b);
+                    v[i + 4 * h] = __fadd_rn(a, -b);
+                }
+}
+
+// Gives the sums of a warpgroup to the block that finishes its tokens.
+__device__ __forceinline__ void give(const float (&v)[64], u32 at, u32 rank, int group, int warp, int lane) {
+    const u32 to = in_block(at, group) + 4 * ((16 * (warp & 3) + lane / 4) * kPitch + rank * kTileOutputs + 2 * (lane & 3));
+    #pragma unroll
+    for (int j = 0; j < 16; j++)
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+            asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
+                :: "r"(to + 4 * (8 * i * kPitch + 8 * j)), "f"(v[4 * j + 2 * i]), "f"(v[4 * j + 2 * i + 1]) : "memory");
+}
+
+// The last butterfly, the scales, and the result: 64 tokens x 256 outputs of a block, four and four outputs of a lane.
+__device__ __forceinline__ void finish(const DenseArguments& d, const float* sums, int token, int output, int warp, int lane) {
+    float factor[2][4];
+    #pragma unroll
+    for (int half = 0; half < 2; half++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int o = output + half * kTileOutputs + 4 * lane + i;
+            factor[half][i] = o < d.outputs ? of_half(d.output_scale[o]) : 0.f;
+        }
+    #pragma unroll 1
+    for (int row = warp; row < 64 && token + row < d.tokens; row += kConsumerWarps) {
+        const float4 low = *(const float4*)(sums + row * kPitch + 4 * lane), high = *(const float4*)(sums + row * kPitch + kTileOutputs + 4 * lane);
+        const float v[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            __align__(16) Value four[4];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float sum = d.output_block <= kTileOutputs ? v[half][i] : __fadd_rn(v[0][i], half ? -v[1][i] : v[1][i]);
+                four[i] = write(__fmul_rn(__fmul_rn(sum, d.normal), factor[half][i]));
+            }
+            const int o = output + half * kTileOutputs + 4 * lane;
+            Value* to = d.y + (size_t)(token + row) * d.y_columns + o;
+            if (o >= d.outputs) continue;
+            if (sizeof(Value) == 4) *(uint4*)to = *(const uint4*)four;
+            else *(uint2*)to = *(const uint2*)four;
+        }
+    }
+}
+
+// Blocks of one cluster are neighbours along x, which counts outputs; y counts tokens.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * (kConsumerWarps + 1), 1)
+dense(const __grid_constant__ DenseArguments d) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
+    const u32 rank = blockIdx.x & 1, at = ((u32)__cvta_generic_to_shared(ring) + 1023) & ~1023u;
+    const Ring stages = {at};
+    const int token = blockIdx.y * kTileTokens, output = blockIdx.x * kTileOutputs;
+    const Place place = {token + 64 * group + 16 * (warp & 3) + lane / 4, output + 2 * (lane & 3)};
+    float sums[64];
+    if (threadIdx.x == 0) stages.prepare();
+    meet_cluster();
+    let_the_next_begin();
+    wait_for_inputs();
+    if (warp == kConsumerWarps) {
+        if (lane == 0) bring(d, stages, rank, token, output);
+        __syncwarp();
+    } else {
+        Sum acc[64];
+#if ORDERED
+        if (group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+#endif
+#if MODE == 0
+        place.load(d, sums);
+        float scale[2] = {place.scale(d, 0, 0), place.scale(d, 1, 0)};
+        for (int step = 0, segment = 0; step < d.steps; segment++) {
+            step = multiply_segment(acc, d, stages, step, group, lane);
+            #pragma unroll
+            for (int i = 0; i < 64; i++) sums[i] = __fadd_rn(sums[i], __fmul_rn(scale[i >> 1 & 1], (float)acc[i]));
+            if (step < d.steps) {
+                scale[0] = place.scale(d, 0, segment + 1);
+                scale[1] = place.scale(d, 1, segment + 1);
+            }
+        }
+        if (d.carry_out) place.store(d, sums);
+#else
+        multiply_segment(acc, d, stages, 0, group, lane);
+        if (d.carry_in) {
+            Sum before[64];
+            place.load(d, before);
+            #pragma unroll
+            for (int i = 0; i < 64; i++) acc[i] += before[i];
+        }
+        if (d.carry_out) place.store(d, acc);
+#if MODE == 1
+        const float scale[2] = {place.scale(d, 0, 0), place.scale(d, 1, 0)};
+#else
+        const float scale[2] = {1.f, 1.f};
+#endif
+        #pragma unroll
+        for (int i = 0; i < 64; i++) sums[i] = MODE == 2 ? acc[i] : __fmul_rn(scale[i >> 1 & 1], (float)acc[i]);
+#endif
+    }
+    meet_cluster();
+    if (d.carry_out) return;
+    if (warp < kConsumerWarps) {
+        rotate_outputs(sums, d.output_block, lane);
+        give(sums, at, rank, group, warp, lane);
+    }
+    meet_cluster();
+    if (warp < kConsumerWarps) finish(d, (const float*)(ring + (at - (u32)__cvta_generic_to_shared(ring))), token + 64 * rank, output - rank * kTileOutputs, warp, lane);
+}
