@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
 from septet.codes.tile import tile_bytes  # noqa: E402
-from septet.gpu import compiled, driver  # noqa: E402
+from septet.gpu import compiled, driver, many  # noqa: E402
 from septet.gpu.layout import arrange, units_of  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -78,9 +78,28 @@ def test_cuda_kernels_compile(architecture) -> None:
         compiled.trellis_source("product.cu", bits=6, many=True),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
         compiled.source_of("values.cu", "activations.cu", E=2, DTYPE=1),
+        compiled.trellis_source("levels.cu", bits=7),
+        compiled.trellis_source("levels.cu", bits=8, is_float=True, places=2),
     ]
     for source in sources:
         assert driver.compile_source(source, options)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_hopper_kernels_compile(mode) -> None:
+    sources = {"90": many.inputs_source(mode, torch.float16), "90a": many.dense_source(mode, torch.bfloat16, 1 + mode % 2)}
+    for architecture, source in sources.items():
+        assert driver.compile_source(source, (f"--gpu-architecture=sm_{architecture}", "--std=c++17"))[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("tokens", [49, 512, 2048])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 8), (4096, 11008), (8192, 28672), (28672, 8192)])
+def test_slabs_cover_a_matrix_and_fit_the_cache(inputs, outputs, tokens) -> None:
+    for width, quantum in ((1, 256), (2, 128)):
+        slab = many.plan(inputs, outputs, tokens, width, quantum, 132)
+        assert slab.outputs % 256 == 0 and (slab.inputs % quantum == 0 or slab.inputs == inputs)
+        assert slab.outputs * slab.inputs * width <= 32 << 20
 
 
 @needs_nvrtc

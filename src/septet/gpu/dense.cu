@@ -1,21 +1,22 @@
 // Products of many tokens with decoded levels on Hopper's tensor cores, and the rotation of the outputs. Follows values.cu; sm_90a.
 //
 // A block makes 128 tokens x 128 outputs. One warp brings 128 bytes of the inputs of each at a time into a ring of shared memory; two
-// warpgroups multiply, 64 tokens each. Two blocks are a cluster: they have the same tokens, of which each brings half for both, and
-// together the 256 outputs of a Hadamard block. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
+// warpgroups multiply, 64 tokens each. Two blocks side by side in a cluster have the same tokens, of which each brings half for both, and
+// together the 256 outputs of a Hadamard block; with CLUSTER_TOKENS 2, two blocks above each other have the same weights and share likewise.
+// Without that, what comes from the L2 would set the pace. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
 // ascending order, each step rounded on its own, so that results have the bits of the reference.
 // The warpgroups take turns: while one scales its sums, the tensor cores work for the other.
 //
 // Inputs may be cut into several launches: `carry_in` and `carry_out` hold the sums between them.
 //
-// Macros: MODE 0 int8 with segments, 1 int8 with one scale per token, 2 bfloat16; STAGES of the ring; ORDERED 0|1; DTYPE of the result.
+// Macros: CLUSTER_TOKENS 1|2; MODE 0 int8 with segments, 1 int8 with one scale per token, 2 bfloat16; STAGES of the ring; ORDERED 0|1; DTYPE of the result.
 
 struct __align__(64) TensorMap {
     u64 words[16];
 };
 
 struct DenseArguments {
-    TensorMap tokens_map, levels_map;   // bytes, 128 x 64 and 128 x 128 at a time, swizzled
+    TensorMap tokens_map, levels_map;   // bytes, 128 a row, 64 tokens and 128 / CLUSTER_TOKENS outputs at a time, swizzled
     const float* scales;                // [tokens][scale_columns], from the first segment of this launch
     const u16* output_scale;
     Value* y;                           // [tokens][y_columns], unless there is `carry_out`
@@ -26,6 +27,8 @@ struct DenseArguments {
 };
 
 constexpr int kTileTokens = 128, kTileOutputs = 128, kStep = 128, kConsumerWarps = 8;
+// Outputs that a block brings, and blocks that write into its ring or into whose it writes.
+constexpr int kOwnOutputs = kTileOutputs / CLUSTER_TOKENS, kNeighbours = 1 + CLUSTER_TOKENS;
 constexpr u32 kStageBytes = (kTileTokens + kTileOutputs) * kStep, kBarriersAt = STAGES * kStageBytes;
 constexpr int kPitch = 2 * kTileOutputs + 8;   // of floats that the two blocks exchange
 static_assert(64 * kPitch * 4 <= kBarriersAt, "what the blocks exchange takes the place of the ring");
@@ -80,14 +83,39 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {
     return there;
 }
 
+// `meet_cluster` passes on what was written, too, which takes a microsecond more than `line_up_cluster`.
 __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void line_up_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// Barriers of the ring: a stage is full when its bytes are here, empty when 8 warps of both blocks are done with it.
+// A block's place in its cluster; a neighbour shares its tokens or its outputs.
+struct Rank {
+    u32 x, y;
+    __device__ __forceinline__ u32 neighbour(int i) const { return (x ^ (i == 1)) + 2 * (y ^ (i == 2)); }
+    __device__ __forceinline__ unsigned short same_tokens() const { return 3 << 2 * y; }
+    __device__ __forceinline__ unsigned short same_outputs() const { return 5 << x; }
+};
+
+// Where a role is in the ring.
+struct Turn {
+    int slot;
+    u32 parity;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Barriers of the ring: a stage is full when its bytes are here, empty when 8 warps of all neighbours are done with it.
 struct Ring {
     u32 at;
     __device__ __forceinline__ u32 stage(int slot) const { return at + slot * kStageBytes; }
@@ -97,29 +125,37 @@ struct Ring {
     __device__ __forceinline__ void prepare() const {
         for (int slot = 0; slot < STAGES; slot++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full(slot)));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty(slot)), "n"(2 * kConsumerWarps));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty(slot)), "n"(kNeighbours * kConsumerWarps));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
-    // By a whole warp.
-    __device__ __forceinline__ void release(int slot, int lane) const {
-        if (lane < 2) asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(in_block(empty(slot), lane)) : "memory");
+    // By a whole warp; `there` is the place of this ring in the lane's neighbour. A release at cluster scope would wait for memory, for a
+    // microsecond, and there is nothing to pass on: the tensor cores have read what they read.
+    __device__ __forceinline__ void release(int slot, u32 there, int lane) const {
+        if (lane < kNeighbours) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(there + kBarriersAt + 16 * slot + 8) : "memory");
     }
 };
 
-__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, u32 rank, int token, int output) {
+__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, Rank rank, int token, int output) {
     const u64 tokens_map = (u64)&d.tokens_map, levels_map = (u64)&d.levels_map;
-    const unsigned short both = 3;
-    for (int step = 0; step < d.steps; step++) {
-        const int slot = step % STAGES, parity = step / STAGES & 1;
-        const u32 full = ring.full(slot), stage = ring.stage(slot);
-        wait_for(ring.empty(slot), parity ^ 1);
+    const u32 tokens_to = rank.x * 64 * kStep, levels_to = kTileTokens * kStep + rank.y * kOwnOutputs * kStep;
+    Turn turn = {0, 1};
+    for (int step = 0; step < d.steps; step++, turn.next()) {
+        const u32 full = ring.full(turn.slot), stage = ring.stage(turn.slot);
+        wait_for(ring.empty(turn.slot), turn.parity);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(kStageBytes) : "memory");
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-            :: "r"(stage + kTileTokens * kStep), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-            :: "r"(stage + rank * 64 * kStep), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(token + (int)rank * 64), "r"(full), "h"(both) : "memory");
+            :: "r"(stage + tokens_to), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(token + (int)rank.x * 64), "r"(full),
+            "h"(rank.same_tokens()) : "memory");
+#if CLUSTER_TOKENS == 2
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+            :: "r"(stage + levels_to), "l"(levels_map), "r"(step * kStep), "r"(output + (int)rank.y * kOwnOutputs), "r"(full),
+            "h"(rank.same_outputs()) : "memory");
+#else
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+            :: "r"(stage + levels_to), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
+#endif
     }
 }
 
@@ -158,33 +194,43 @@ struct Place {
     }
 };
 
-// Sums of a segment that begins at `step` of the ring; returns the next step.
-__device__ __forceinline__ int multiply_segment(Sum (&acc)[64], const DenseArguments& d, const Ring& ring, int step, int group, int lane) {
-    const int begin = step, end = min(d.steps, step + d.segment_steps);
-#if ORDERED
-    asm volatile("bar.sync %0, 256;" :: "r"(1 + group) : "memory");
-#endif
-    for (; step < end; step++) {
-        const int slot = step % STAGES;
-        wait_for(ring.full(slot), step / STAGES & 1);
-        const u64 a = matrix_at(ring.stage(slot) + group * 64 * kStep), b = matrix_at(ring.stage(slot) + kTileTokens * kStep);
-        begin_products();
-        #pragma unroll
-        for (int k = 0; k < 4; k++) multiply(acc, a + 2 * k, b + 2 * k, step > begin || k);
-        commit_products();
-        if (step - begin >= 2) {
-            wait_for_products<2>();
-            ring.release((step - 2) % STAGES, lane);
-        }
+// One warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns.
+__device__ __forceinline__ bool takes_turns(const DenseArguments& d) { return ORDERED && MODE == 0 && d.segment_steps <= STAGES - 2; }
+
+// What a warpgroup needs to multiply.
+struct Consumer {
+    Ring ring;
+    u32 there;   // the ring of the lane's neighbour
+    int group, lane, owed;   // releases that somebody waits for: not those of the last stages, who may be gone when they come
+    Turn turn, done;
+
+    __device__ __forceinline__ void release() {
+        if (owed-- > 0) ring.release(done.slot, there, lane);
+        done.next();
     }
-#if ORDERED
-    if (end < d.steps || group == 0) asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory");
-#endif
-    wait_for_products<0>();
-    hold(acc);
-    for (int done = max(begin, end - 2); done < end; done++) ring.release(done % STAGES, lane);
-    return step;
-}
+
+    // Sums of `steps` steps. `more`: another segment follows.
+    __device__ __forceinline__ void multiply_segment(Sum (&acc)[64], int steps, bool by_turns, bool more) {
+        if (by_turns) asm volatile("bar.sync %0, 256;" :: "r"(1 + group) : "memory");
+        for (int step = 0; step < steps; step++, turn.next()) {
+            const u32 stage = ring.stage(turn.slot);
+            wait_for(ring.full(turn.slot), turn.parity);
+            const u64 a = matrix_at(stage + group * 64 * kStep), b = matrix_at(stage + kTileTokens * kStep);
+            begin_products();
+            #pragma unroll
+            for (int k = 0; k < 4; k++) multiply(acc, a + 2 * k, b + 2 * k, step || k);
+            commit_products();
+            if (step >= 2) {
+                wait_for_products<2>();
+                release();
+            }
+        }
+        if (by_turns && (more || group == 0)) asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory");
+        wait_for_products<0>();
+        hold(acc);
+        while (done.slot != turn.slot) release();
+    }
+};
 
 // Butterflies of strides 1 .. 64 over the outputs.
 __device__ __forceinline__ void rotate_outputs(float (&v)[64], int block, int lane) {
@@ -213,8 +259,8 @@ __device__ __forceinline__ void rotate_outputs(float (&v)[64], int block, int la
 }
 
 // Gives the sums of a warpgroup to the block that finishes its tokens.
-__device__ __forceinline__ void give(const float (&v)[64], u32 at, u32 rank, int group, int warp, int lane) {
-    const u32 to = in_block(at, group) + 4 * ((16 * (warp & 3) + lane / 4) * kPitch + rank * kTileOutputs + 2 * (lane & 3));
+__device__ __forceinline__ void give(const float (&v)[64], u32 at, Rank rank, int group, int warp, int lane) {
+    const u32 to = in_block(at, group + 2 * rank.y) + 4 * ((16 * (warp & 3) + lane / 4) * kPitch + rank.x * kTileOutputs + 2 * (lane & 3));
     #pragma unroll
     for (int j = 0; j < 16; j++)
         #pragma unroll
@@ -254,42 +300,46 @@ __device__ __forceinline__ void finish(const DenseArguments& d, const float* sum
     }
 }
 
-// Blocks of one cluster are neighbours along x, which counts outputs; y counts tokens.
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * (kConsumerWarps + 1), 1)
+// Blocks along x count outputs, along y tokens.
+extern "C" __global__ void __cluster_dims__(2, CLUSTER_TOKENS, 1) __launch_bounds__(32 * (kConsumerWarps + 1), 1)
 dense(const __grid_constant__ DenseArguments d) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
-    const u32 rank = blockIdx.x & 1, at = ((u32)__cvta_generic_to_shared(ring) + 1023) & ~1023u;
+    const u32 base = (u32)__cvta_generic_to_shared(ring), at = base + 1023 & ~1023u;
+    const Rank rank = {blockIdx.x & 1, blockIdx.y & CLUSTER_TOKENS - 1};
     const Ring stages = {at};
     const int token = blockIdx.y * kTileTokens, output = blockIdx.x * kTileOutputs;
     const Place place = {token + 64 * group + 16 * (warp & 3) + lane / 4, output + 2 * (lane & 3)};
     float sums[64];
     if (threadIdx.x == 0) stages.prepare();
-    meet_cluster();
+    line_up_cluster();
     let_the_next_begin();
     wait_for_inputs();
     if (warp == kConsumerWarps) {
         if (lane == 0) bring(d, stages, rank, token, output);
         __syncwarp();
     } else {
+        Consumer consumer = {stages, in_block(at, rank.neighbour(min(lane, kNeighbours - 1))), group, lane, d.steps - STAGES, {0, 0}, {0, 0}};
         Sum acc[64];
-#if ORDERED
-        if (group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
-#endif
 #if MODE == 0
+        // one warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns
+        const bool by_turns = ORDERED && d.segment_steps <= STAGES - 2;
+        if (by_turns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
         place.load(d, sums);
         float scale[2] = {place.scale(d, 0, 0), place.scale(d, 1, 0)};
-        for (int step = 0, segment = 0; step < d.steps; segment++) {
-            step = multiply_segment(acc, d, stages, step, group, lane);
+        for (int left = d.steps, segment = 0; left > 0; segment++) {
+            const int steps = min(left, d.segment_steps);
+            left -= steps;
+            consumer.multiply_segment(acc, steps, by_turns, left > 0);
             #pragma unroll
             for (int i = 0; i < 64; i++) sums[i] = __fadd_rn(sums[i], __fmul_rn(scale[i >> 1 & 1], (float)acc[i]));
-            if (step < d.steps) {
+            if (left) {
                 scale[0] = place.scale(d, 0, segment + 1);
                 scale[1] = place.scale(d, 1, segment + 1);
             }
         }
         if (d.carry_out) place.store(d, sums);
 #else
-        multiply_segment(acc, d, stages, 0, group, lane);
+        consumer.multiply_segment(acc, d.steps, false, false);
         if (d.carry_in) {
             Sum before[64];
             place.load(d, before);
@@ -306,12 +356,14 @@ dense(const __grid_constant__ DenseArguments d) {
         for (int i = 0; i < 64; i++) sums[i] = MODE == 2 ? acc[i] : __fmul_rn(scale[i >> 1 & 1], (float)acc[i]);
 #endif
     }
-    meet_cluster();
+    // nobody may leave, or write into a neighbour's ring, before all are done with theirs
+    line_up_cluster();
     if (d.carry_out) return;
     if (warp < kConsumerWarps) {
         rotate_outputs(sums, d.output_block, lane);
         give(sums, at, rank, group, warp, lane);
     }
     meet_cluster();
-    if (warp < kConsumerWarps) finish(d, (const float*)(ring + (at - (u32)__cvta_generic_to_shared(ring))), token + 64 * rank, output - rank * kTileOutputs, warp, lane);
+    const float* mine = (const float*)(ring + (at - base));
+    if (warp < kConsumerWarps) finish(d, mine, token + 64 * rank.x, output - rank.x * kTileOutputs, warp, lane);
 }

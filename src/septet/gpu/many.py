@@ -22,12 +22,12 @@ from septet.gpu.layout import UNIT_INPUTS, units_of
 if TYPE_CHECKING:
     from septet.gpu.layers import Layer
 
-__all__ = ["Slab", "dense_source", "levels", "linear", "plan", "takes"]
+__all__ = ["Slab", "dense_source", "inputs_source", "levels", "linear", "plan", "takes"]
 
 #: Of dense.cu: tokens of a block of threads, outputs of two of them, bytes of a step along the inputs, steps in flight.
 _TOKENS, _OUTPUTS, _STEP, _STAGES = 128, 256, 128, 6
 _THREADS, _STAGE_BYTES = 288, 32 << 10
-_INPUT_THREADS = 512
+_INPUT_THREADS = 256
 #: Hadamard blocks of outputs that dense.cu rotates, and of inputs that inputs.cu rotates.
 _FUSED_BLOCK = 256
 #: Levels of a slab, so that they stay in the 50 MB of an H100's L2.
@@ -58,21 +58,26 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def dense_source(mode: int, dtype: torch.dtype, stages: int = _STAGES) -> str:
-    """dense.cu for int8 with segments (0), int8 with one scale per token (1) or bfloat16 (2), and the dtype of the result."""
-    return source_of("values.cu", "dense.cu", MODE=mode, STAGES=stages, ORDERED=int(mode == 0), DTYPE=DTYPES[dtype])
+def dense_source(mode: int, dtype: torch.dtype, sharing: int) -> str:
+    """dense.cu for int8 with segments (0), int8 with one scale per token (1) or bfloat16 (2), the dtype of the result, and CLUSTER_TOKENS."""
+    macros = {"MODE": mode, "STAGES": _STAGES, "ORDERED": int(mode == 0), "DTYPE": DTYPES[dtype], "CLUSTER_TOKENS": sharing}
+    return source_of("values.cu", "dense.cu", **macros)
 
 
 @cache
-def _dense_kernel(device: int, mode: int, dtype: torch.dtype) -> Kernel:
-    image = compile_source(dense_source(mode, dtype), ("--gpu-architecture=sm_90a", "--std=c++17"))
+def _dense_kernel(device: int, mode: int, dtype: torch.dtype, sharing: int) -> Kernel:
+    image = compile_source(dense_source(mode, dtype, sharing), ("--gpu-architecture=sm_90a", "--std=c++17"))
     return load_kernel(image, "dense", (_Arguments,), _THREADS, _STAGES * (_STAGE_BYTES + 16) + 1024)
 
 
+def inputs_source(mode: int, dtype: torch.dtype) -> str:
+    """inputs.cu for a mode as of `dense_source` and the dtype of the inputs."""
+    return source_of("values.cu", "inputs.cu", MODE=mode, DTYPE=DTYPES[dtype])
+
+
 @cache
-def _inputs_kernel(device: int, is_bfloat: bool, dtype: torch.dtype) -> Kernel:
-    source = source_of("values.cu", "inputs.cu", BFLOAT=int(is_bfloat), DTYPE=DTYPES[dtype])
-    image = compile_source(source, ("--gpu-architecture=sm_90", "--std=c++17"))
+def _inputs_kernel(device: int, mode: int, dtype: torch.dtype) -> Kernel:
+    image = compile_source(inputs_source(mode, dtype), ("--gpu-architecture=sm_90", "--std=c++17"))
     return load_kernel(image, "token_inputs", (_P, _P, _P, _P, _I, _I, _I, _F), _INPUT_THREADS)
 
 
@@ -139,19 +144,15 @@ def levels(to: torch.Tensor, arranged: torch.Tensor, bits: int, rows: range, uni
 def _inputs(x: torch.Tensor, layer: Layer, mode: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated inputs, int8 or bfloat16 [M, P], and their scales."""
     (tokens, inputs), device, block = x.shape, x.device.index, layer.input_block
-    if mode == 0:
-        return launches.rotate(x, layer.input_scale, block, True, "int8")
     if block > _FUSED_BLOCK or inputs % 8:
-        if mode == 1:
-            return launches.rotate(x, layer.input_scale, block, False, "int8")
-        return launches.rotate(x, layer.input_scale, block, False, "float32")[0].to(torch.bfloat16), None
+        values, scales = launches.rotate(x, layer.input_scale, block, mode == 0, "float32" if mode == 2 else "int8")
+        return values.to(torch.bfloat16) if mode == 2 else values, scales
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     padded = units_of(inputs) * UNIT_INPUTS
     values = x.new_empty((tokens, padded), dtype=torch.bfloat16 if mode == 2 else torch.int8)
-    scales = None if mode == 2 else x.new_empty((tokens, 1), dtype=torch.float32)
+    scales = None if mode == 2 else x.new_empty((tokens, inputs // block if mode == 0 else 1), dtype=torch.float32)
     pointers = x.data_ptr(), layer.input_scale.data_ptr(), values.data_ptr(), None if scales is None else scales.data_ptr()
-    kernel = _inputs_kernel(device, mode == 2, x.dtype)
-    kernel.launch((tokens, 1), _stream(device), *pointers, inputs, padded, block, 1 / math.sqrt(block))
+    _inputs_kernel(device, mode, x.dtype).launch((tokens, 1), _stream(device), *pointers, inputs, padded, block, 1 / math.sqrt(block))
     return values, scales
 
 
@@ -164,6 +165,7 @@ class _Product(NamedTuple):
     buffer: torch.Tensor
     sums: torch.Tensor | None
     y: torch.Tensor | None
+    sharing: int
 
 
 def _arguments(layer: Layer, product: _Product, slab: Slab, first: int, begin: int) -> _Arguments:
@@ -175,7 +177,7 @@ def _arguments(layer: Layer, product: _Product, slab: Slab, first: int, begin: i
     carry = None if sums is None else sums.data_ptr() + (first * 4 if y is None else 0)
     return _Arguments(
         product.tokens_map,
-        tensor_map(product.buffer.data_ptr(), -(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS, inputs * width, _OUTPUTS // 2),
+        tensor_map(product.buffer.data_ptr(), -(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS, inputs * width, _OUTPUTS // 2 // product.sharing),
         None if scales is None else scales.data_ptr() + (begin // layer.segment * 4 if by_segment else 0),
         layer.scale.data_ptr() + first * layer.scale.element_size(),
         None if y is None else y.data_ptr() + first * y.element_size(),
@@ -216,15 +218,16 @@ def linear(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
         y = x.new_empty((tokens, layer.outputs))
     if not fused or slab.inputs < padded:
         sums = x.new_empty((tokens, slab.outputs if fused else layer.outputs), dtype=torch.int32 if mode == 1 else torch.float32)
+    sharing = 1 + (tokens > _TOKENS)
     tokens_map = tensor_map(values.data_ptr(), tokens, padded * width, _TOKENS // 2)
-    product = _Product(values, scales, tokens_map, x.new_empty(slab.outputs * slab.inputs, dtype=values.dtype), sums, y)
-    kernel = _dense_kernel(device, mode, x.dtype)
+    product = _Product(values, scales, tokens_map, x.new_empty(slab.outputs * slab.inputs, dtype=values.dtype), sums, y, sharing)
+    kernel = _dense_kernel(device, mode, x.dtype, sharing)
     for first in range(0, layer.outputs, slab.outputs):
         outputs = min(slab.outputs, layer.outputs - first)
         rows = range(first // TILE_OUTPUTS, -(-(first + outputs) // TILE_OUTPUTS))
         for begin in range(0, padded, slab.inputs):
             units = range(begin // UNIT_INPUTS, min(padded, begin + slab.inputs) // UNIT_INPUTS)
             levels(product.buffer, layer.arranged, layer.bits, rows, units, padded // UNIT_INPUTS)
-            grid = 2 * -(-outputs // _OUTPUTS), -(-tokens // _TOKENS)
+            grid = 2 * -(-outputs // _OUTPUTS), -(-tokens // (_TOKENS * sharing)) * sharing
             kernel.launch(grid, _stream(device), _arguments(layer, product, slab, first, begin))
     return y if fused else launches.finish(sums, scales if mode == 1 else None, layer.scale, layer.output_block, x.dtype)

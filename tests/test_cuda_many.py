@@ -1,0 +1,91 @@
+"""Products of many tokens on Hopper (gpu/many.py) beside the reference, whole and in slabs. Outputs are poisoned first, as in test_cuda.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU and a torch built for it", allow_module_level=True)
+
+from layers import trellis_layer  # noqa: E402
+from septet.gpu import many  # noqa: E402
+from test_cuda import activations_of, described, linear, on_gpu, poisoned_memory, wanted  # noqa: E402, F401
+
+#: name -> width, outputs, inputs, blocks of inputs and outputs
+SIZES = {
+    "one tile": (7, 64, 256, (256, 64)),
+    "several": (7, 1024, 1024, (256, 256)),
+    "odd outputs": (6, 776, 512, (128, 8)),
+    "half a step": (8, 200, 576, (64, 8)),
+    "odd inputs": (7, 24, 100, (4, 8)),
+    "large blocks": (7, 2048, 2048, (1024, 1024)),
+    "large outputs": (8, 512, 640, (128, 512)),
+}
+SLABS = {"whole": 32 << 20, "cut": 128 << 10}
+
+
+def layer_of(name: str, scales: str, rng: np.random.Generator):
+    """Random weights of one of SIZES."""
+    bits, outputs, inputs, blocks = SIZES[name]
+    return trellis_layer(rng, bits, outputs, inputs, blocks, activation_segment=scales)
+
+
+@pytest.fixture(params=SLABS)
+def slabs(request, monkeypatch) -> None:
+    """Sizes of slabs."""
+    monkeypatch.setattr(many, "_SLAB_BYTES", SLABS[request.param])
+    many.plan.cache_clear()
+    yield
+    many.plan.cache_clear()
+
+
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [49, 128, 300])
+@pytest.mark.parametrize("scales", ["token", "block"])
+@pytest.mark.parametrize("name", SIZES)
+def test_int8_activations_have_the_bits_of_the_reference(name, scales, tokens, dtype, rng) -> None:
+    layer = layer_of(name, scales, rng)
+    x = torch.from_numpy(activations_of(rng, tokens, layer.in_features)).to(dtype).float().numpy()
+    assert torch.equal(linear(layer, x, "int8", dtype), torch.from_numpy(wanted(layer, x, "int8")).to(dtype))
+
+
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SIZES)
+def test_float_activations_lose_what_bfloat16_loses(name, dtype, rng) -> None:
+    layer = layer_of(name, "token", rng)
+    x = torch.from_numpy(rng.standard_normal((130, layer.in_features), np.float32)).to(dtype).float().numpy()
+    exact = wanted(layer, x, "float")
+    assert np.linalg.norm(linear(layer, x, "float", dtype).float().numpy() - exact) <= 2.0**-8 * np.linalg.norm(exact)
+
+
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("scales", ["token", "block"])
+def test_not_a_number_stays_in_its_token(scales, rng) -> None:
+    layer = layer_of("several", scales, rng)
+    x = rng.standard_normal((200, layer.in_features), np.float32)
+    x[1, 3], x[150, 0] = np.nan, np.inf
+    y = linear(layer, x, "int8").numpy()
+    clean = np.delete(np.arange(200), [1, 150])
+    assert np.isnan(y[1]).any() and np.isnan(y[150]).any() and np.array_equal(y[clean], wanted(layer, x[clean], "int8"))
+
+
+@pytest.mark.usefixtures("slabs")
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_graphs_capture_it_and_repeat_its_bits(activations, rng) -> None:
+    from septet import operators
+
+    layer = layer_of("several", "block", rng)
+    tensors, description = on_gpu(layer), described(layer, activations)
+    x = torch.randn(300, layer.in_features, device="cuda", dtype=torch.bfloat16)
+    operators.linear(x, tensors, description)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = operators.linear(x, tensors, description)
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, operators.linear(x, tensors, description))
