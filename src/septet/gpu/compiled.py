@@ -133,9 +133,9 @@ def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
 
 
 @cache
-def levels_kernel(device: int, bits: int, is_bfloat: bool) -> Kernel:
-    places = 2 if is_bfloat else _places(device)
-    source = trellis_source("levels.cu", bits=bits, is_float=is_bfloat, places=places)
+def levels_kernel(device: int, bits: int) -> Kernel:
+    places = _places(device)
+    source = trellis_source("levels.cu", bits=bits, places=places)
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
     return load_kernel(compile_source(source, _options(device)), "levels", _PARAMETERS["levels"], 32 * WARPS, shared)
 

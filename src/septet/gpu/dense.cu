@@ -4,19 +4,20 @@
 // warpgroups multiply, 64 tokens each. Two blocks side by side in a cluster have the same tokens, of which each brings half for both, and
 // together the 256 outputs of a Hadamard block; with CLUSTER_TOKENS 2, two blocks above each other have the same weights and share likewise.
 // Without that, what comes from the L2 would set the pace. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
-// ascending order, each step rounded on its own, so that results have the bits of the reference.
+// ascending order, each step rounded on its own, so that results have the bits of the reference. Float activations are 16-bit integers in
+// two rows of int8, 8 tokens' upper bytes and then their lower ones, which are a lane's two rows: 64 tokens are 128 rows.
 // The warpgroups take turns: while one scales its sums, the tensor cores work for the other.
 //
 // Inputs may be cut into several launches: `carry_in` and `carry_out` hold the sums between them.
 //
-// Macros: CLUSTER_TOKENS 1|2; MODE 0 int8 with segments, 1 int8 with one scale per token, 2 bfloat16; STAGES of the ring; ORDERED 0|1; DTYPE of the result.
+// Macros: CLUSTER_TOKENS 1|2; MODE 0 int8 with segments, 1 int8 with one scale per token, 2 int16 with segments; STAGES of the ring; DTYPE of the result.
 
 struct __align__(64) TensorMap {
     u64 words[16];
 };
 
 struct DenseArguments {
-    TensorMap tokens_map, levels_map;   // bytes, 128 a row, 64 tokens and 128 / CLUSTER_TOKENS outputs at a time, swizzled
+    TensorMap tokens_map, levels_map;   // bytes, 128 a row, 64 rows of tokens and 128 / CLUSTER_TOKENS outputs at a time, swizzled
     const float* scales;                // [tokens][scale_columns], from the first segment of this launch
     const u16* output_scale;
     Value* y;                           // [tokens][y_columns], unless there is `carry_out`
@@ -26,37 +27,28 @@ struct DenseArguments {
     float normal;
 };
 
-constexpr int kTileTokens = 128, kTileOutputs = 128, kStep = 128, kConsumerWarps = 8;
+constexpr int kTileRows = 128, kTileOutputs = 128, kStep = 128, kConsumerWarps = 8;
+constexpr int kLaneTokens = MODE == 2 ? 1 : 2, kTileTokens = 64 * kLaneTokens, kSums = 32 * kLaneTokens;
 // Outputs that a block brings, and blocks that write into its ring or into whose it writes.
 constexpr int kOwnOutputs = kTileOutputs / CLUSTER_TOKENS, kNeighbours = 1 + CLUSTER_TOKENS;
-constexpr u32 kStageBytes = (kTileTokens + kTileOutputs) * kStep, kBarriersAt = STAGES * kStageBytes;
+constexpr u32 kStageBytes = (kTileRows + kTileOutputs) * kStep, kBarriersAt = STAGES * kStageBytes;
 constexpr int kPitch = 2 * kTileOutputs + 8;   // of floats that the two blocks exchange
 static_assert(64 * kPitch * 4 <= kBarriersAt, "what the blocks exchange takes the place of the ring");
 extern __shared__ __align__(1024) unsigned char ring[];
 
-#if MODE == 2
-typedef float Sum;
-#define ONE(i) "+f"(acc[i])
-#define INSTRUCTION "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-#define IMMEDIATES ", 1, 1, 0, 0"
-#else
-typedef int Sum;
 #define ONE(i) "+r"(acc[i])
-#define INSTRUCTION "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-#define IMMEDIATES ""
-#endif
 #define EIGHT(i) ONE(i), ONE(i + 1), ONE(i + 2), ONE(i + 3), ONE(i + 4), ONE(i + 5), ONE(i + 6), ONE(i + 7)
 
-// acc = a * b, plus acc if `add`. Tokens 8j + 2t + {0, 1} ... see `row_of` for what a lane has.
-__device__ __forceinline__ void multiply(Sum (&acc)[64], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" INSTRUCTION
+// acc = a * b, plus acc if `add`; see `Place` for what a lane has.
+__device__ __forceinline__ void multiply(int (&acc)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
         "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-        " %64, %65, add" IMMEDIATES ";\n}\n"
+        " %64, %65, add;\n}\n"
         : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void hold(Sum (&acc)[64]) {
+__device__ __forceinline__ void hold(int (&acc)[64]) {
     #pragma unroll
     for (int i = 0; i < 64; i++) asm volatile("" : ONE(i) :: "memory");
 }
@@ -137,16 +129,16 @@ struct Ring {
     }
 };
 
-__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, Rank rank, int token, int output) {
+__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, Rank rank, int row, int output) {
     const u64 tokens_map = (u64)&d.tokens_map, levels_map = (u64)&d.levels_map;
-    const u32 tokens_to = rank.x * 64 * kStep, levels_to = kTileTokens * kStep + rank.y * kOwnOutputs * kStep;
+    const u32 tokens_to = rank.x * 64 * kStep, levels_to = kTileRows * kStep + rank.y * kOwnOutputs * kStep;
     Turn turn = {0, 1};
     for (int step = 0; step < d.steps; step++, turn.next()) {
         const u32 full = ring.full(turn.slot), stage = ring.stage(turn.slot);
         wait_for(ring.empty(turn.slot), turn.parity);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(kStageBytes) : "memory");
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-            :: "r"(stage + tokens_to), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(token + (int)rank.x * 64), "r"(full),
+            :: "r"(stage + tokens_to), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(row + (int)rank.x * 64), "r"(full),
             "h"(rank.same_tokens()) : "memory");
 #if CLUSTER_TOKENS == 2
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
@@ -159,43 +151,57 @@ __device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring,
     }
 }
 
-// What a lane has: acc[4 * j + 2 * i + c] is token 16 * (warp % 4) + lane / 4 + 8 * i of its warpgroup's 64, output 8 * j + 2 * (lane % 4) + c.
+// What a lane has: acc[4 * j + 2 * i + c] is row 16 * (warp % 4) + lane / 4 + 8 * i of its warpgroup's 64, output 8 * j + 2 * (lane % 4) + c.
+// In sums of tokens [at(j, i) + c], i is 0 alone where two rows are a token.
 struct Place {
-    int token, output;   // of acc[0], in the launch
+    int token, output;   // of the first sum, in the launch
 
+    static __device__ __forceinline__ int at(int j, int i) { return 2 * (kLaneTokens * j + i); }
     __device__ __forceinline__ bool inside(const DenseArguments& d, int i, int j) const { return token + 8 * i < d.tokens && output + 8 * j < d.outputs; }
 
     template <class T>
-    __device__ __forceinline__ void load(const DenseArguments& d, T (&sums)[64]) const {
+    __device__ __forceinline__ void load(const DenseArguments& d, T (&sums)[kSums]) const {
         #pragma unroll
         for (int j = 0; j < 16; j++)
             #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < kLaneTokens; i++) {
                 uint2 two = make_uint2(0, 0);
                 if (d.carry_in && inside(d, i, j)) two = *(const uint2*)(d.carry_in + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j);
-                *(u32*)&sums[4 * j + 2 * i] = two.x;
-                *(u32*)&sums[4 * j + 2 * i + 1] = two.y;
+                *(u32*)&sums[at(j, i)] = two.x;
+                *(u32*)&sums[at(j, i) + 1] = two.y;
             }
     }
 
     template <class T>
-    __device__ __forceinline__ void store(const DenseArguments& d, const T (&sums)[64]) const {
+    __device__ __forceinline__ void store(const DenseArguments& d, const T (&sums)[kSums]) const {
         #pragma unroll
         for (int j = 0; j < 16; j++)
             #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < kLaneTokens; i++)
                 if (inside(d, i, j))
                     *(uint2*)(d.carry_out + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j) =
-                        make_uint2(*(const u32*)&sums[4 * j + 2 * i], *(const u32*)&sums[4 * j + 2 * i + 1]);
+                        make_uint2(*(const u32*)&sums[at(j, i)], *(const u32*)&sums[at(j, i) + 1]);
     }
 
-    __device__ __forceinline__ float scale(const DenseArguments& d, int i, int segment) const {
-        return token + 8 * i < d.tokens ? d.scales[(size_t)(token + 8 * i) * d.scale_columns + segment] : 0.f;
+    __device__ __forceinline__ void load_scales(const DenseArguments& d, int segment, float (&scale)[kLaneTokens]) const {
+        #pragma unroll
+        for (int i = 0; i < kLaneTokens; i++) scale[i] = token + 8 * i < d.tokens ? d.scales[(size_t)(token + 8 * i) * d.scale_columns + segment] : 0.f;
     }
 };
 
-// One warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns.
-__device__ __forceinline__ bool takes_turns(const DenseArguments& d) { return ORDERED && MODE == 0 && d.segment_steps <= STAGES - 2; }
+// Sums of a segment, times its scale, onto those of the tokens.
+__device__ __forceinline__ void scale_segment(float (&sums)[kSums], const int (&acc)[64], const float (&scale)[kLaneTokens]) {
+    #pragma unroll
+    for (int j = 0; j < 16; j++)
+        #pragma unroll
+        for (int i = 0; i < kLaneTokens; i++)
+            #pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int sum = MODE == 2 ? 256 * acc[4 * j + c] + acc[4 * j + 2 + c] : acc[4 * j + 2 * i + c];
+                float& to = sums[Place::at(j, i) + c];
+                to = __fadd_rn(to, __fmul_rn(scale[i], (float)sum));
+            }
+}
 
 // What a warpgroup needs to multiply.
 struct Consumer {
@@ -210,12 +216,12 @@ struct Consumer {
     }
 
     // Sums of `steps` steps. `more`: another segment follows.
-    __device__ __forceinline__ void multiply_segment(Sum (&acc)[64], int steps, bool by_turns, bool more) {
+    __device__ __forceinline__ void multiply_segment(int (&acc)[64], int steps, bool by_turns, bool more) {
         if (by_turns) asm volatile("bar.sync %0, 256;" :: "r"(1 + group) : "memory");
         for (int step = 0; step < steps; step++, turn.next()) {
             const u32 stage = ring.stage(turn.slot);
             wait_for(ring.full(turn.slot), turn.parity);
-            const u64 a = matrix_at(stage + group * 64 * kStep), b = matrix_at(stage + kTileTokens * kStep);
+            const u64 a = matrix_at(stage + group * 64 * kStep), b = matrix_at(stage + kTileRows * kStep);
             begin_products();
             #pragma unroll
             for (int k = 0; k < 4; k++) multiply(acc, a + 2 * k, b + 2 * k, step || k);
@@ -233,43 +239,38 @@ struct Consumer {
 };
 
 // Butterflies of strides 1 .. 64 over the outputs.
-__device__ __forceinline__ void rotate_outputs(float (&v)[64], int block, int lane) {
+__device__ __forceinline__ void rotate_outputs(float (&v)[kSums], int block, int lane) {
     if (block > 1)
         #pragma unroll
-        for (int i = 0; i < 64; i += 2) {
-            const float a = v[i], b = v[i + 1];
-            v[i] = __fadd_rn(a, b);
-            v[i + 1] = __fadd_rn(a, -b);
-        }
+        for (int i = 0; i < kSums; i += 2) add_and_subtract(v[i], v[i + 1]);
     #pragma unroll
     for (int h = 1; h < 4; h *= 2)
-        if (block > 2 * h)
+        if (block > 2 * h) {
+            // mine * -1 + other rounds like other - mine
+            const float sign = lane & h ? -1.f : 1.f;
             #pragma unroll
-            for (int i = 0; i < 64; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h), lane & h);
+            for (int i = 0; i < kSums; i++) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(~0u, v[i], h));
+        }
     #pragma unroll
     for (int h = 1; h < 16; h *= 2)
         if (block > 8 * h)
             #pragma unroll
-            for (int i = 0; i < 64; i++)
-                if (!(i / 4 & h)) {
-                    const float a = v[i], b = v[i + 4 * h];
-                    v[i] = __fadd_rn(a, b);
-                    v[i + 4 * h] = __fadd_rn(a, -b);
-                }
+            for (int i = 0; i < kSums; i++)
+                if (!(i / (2 * kLaneTokens) & h)) add_and_subtract(v[i], v[i + 2 * kLaneTokens * h]);
 }
 
 // Gives the sums of a warpgroup to the block that finishes its tokens.
-__device__ __forceinline__ void give(const float (&v)[64], u32 at, Rank rank, int group, int warp, int lane) {
-    const u32 to = in_block(at, group + 2 * rank.y) + 4 * ((16 * (warp & 3) + lane / 4) * kPitch + rank.x * kTileOutputs + 2 * (lane & 3));
+__device__ __forceinline__ void give(const float (&v)[kSums], u32 at, Rank rank, int group, int warp, int lane) {
+    const u32 to = in_block(at, group + 2 * rank.y) + 4 * ((8 * kLaneTokens * (warp & 3) + lane / 4) * kPitch + rank.x * kTileOutputs + 2 * (lane & 3));
     #pragma unroll
     for (int j = 0; j < 16; j++)
         #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < kLaneTokens; i++)
             asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
-                :: "r"(to + 4 * (8 * i * kPitch + 8 * j)), "f"(v[4 * j + 2 * i]), "f"(v[4 * j + 2 * i + 1]) : "memory");
+                :: "r"(to + 4 * (8 * i * kPitch + 8 * j)), "f"(v[Place::at(j, i)]), "f"(v[Place::at(j, i) + 1]) : "memory");
 }
 
-// The last butterfly, the scales, and the result: 64 tokens x 256 outputs of a block, four and four outputs of a lane.
+// The last butterfly, the scales, and the result: half a tile's tokens x 256 outputs of a block, four and four outputs of a lane.
 __device__ __forceinline__ void finish(const DenseArguments& d, const float* sums, int token, int output, int warp, int lane) {
     float factor[2][4];
     #pragma unroll
@@ -280,7 +281,7 @@ __device__ __forceinline__ void finish(const DenseArguments& d, const float* sum
             factor[half][i] = o < d.outputs ? of_half(d.output_scale[o]) : 0.f;
         }
     #pragma unroll 1
-    for (int row = warp; row < 64 && token + row < d.tokens; row += kConsumerWarps) {
+    for (int row = warp; row < kTileTokens / 2 && token + row < d.tokens; row += kConsumerWarps) {
         const float4 low = *(const float4*)(sums + row * kPitch + 4 * lane), high = *(const float4*)(sums + row * kPitch + kTileOutputs + 4 * lane);
         const float v[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
         #pragma unroll
@@ -308,52 +309,44 @@ dense(const __grid_constant__ DenseArguments d) {
     const Rank rank = {blockIdx.x & 1, blockIdx.y & CLUSTER_TOKENS - 1};
     const Ring stages = {at};
     const int token = blockIdx.y * kTileTokens, output = blockIdx.x * kTileOutputs;
-    const Place place = {token + 64 * group + 16 * (warp & 3) + lane / 4, output + 2 * (lane & 3)};
-    float sums[64];
+    const Place place = {token + kLaneTokens * (32 * group + 8 * (warp & 3)) + lane / 4, output + 2 * (lane & 3)};
+    float sums[kSums];
     if (threadIdx.x == 0) stages.prepare();
     line_up_cluster();
     let_the_next_begin();
     wait_for_inputs();
     if (warp == kConsumerWarps) {
-        if (lane == 0) bring(d, stages, rank, token, output);
+        if (lane == 0) bring(d, stages, rank, blockIdx.y * kTileRows, output);
         __syncwarp();
     } else {
         Consumer consumer = {stages, in_block(at, rank.neighbour(min(lane, kNeighbours - 1))), group, lane, d.steps - STAGES, {0, 0}, {0, 0}};
-        Sum acc[64];
-#if MODE == 0
-        // one warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns
-        const bool by_turns = ORDERED && d.segment_steps <= STAGES - 2;
-        if (by_turns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
-        place.load(d, sums);
-        float scale[2] = {place.scale(d, 0, 0), place.scale(d, 1, 0)};
-        for (int left = d.steps, segment = 0; left > 0; segment++) {
-            const int steps = min(left, d.segment_steps);
-            left -= steps;
-            consumer.multiply_segment(acc, steps, by_turns, left > 0);
-            #pragma unroll
-            for (int i = 0; i < 64; i++) sums[i] = __fadd_rn(sums[i], __fmul_rn(scale[i >> 1 & 1], (float)acc[i]));
-            if (left) {
-                scale[0] = place.scale(d, 0, segment + 1);
-                scale[1] = place.scale(d, 1, segment + 1);
-            }
-        }
-        if (d.carry_out) place.store(d, sums);
-#else
+        int acc[64];
+        float scale[kLaneTokens];
+        place.load_scales(d, 0, scale);
+#if MODE == 1
         consumer.multiply_segment(acc, d.steps, false, false);
         if (d.carry_in) {
-            Sum before[64];
+            int before[64];
             place.load(d, before);
             #pragma unroll
             for (int i = 0; i < 64; i++) acc[i] += before[i];
         }
         if (d.carry_out) place.store(d, acc);
-#if MODE == 1
-        const float scale[2] = {place.scale(d, 0, 0), place.scale(d, 1, 0)};
-#else
-        const float scale[2] = {1.f, 1.f};
-#endif
         #pragma unroll
-        for (int i = 0; i < 64; i++) sums[i] = MODE == 2 ? acc[i] : __fmul_rn(scale[i >> 1 & 1], (float)acc[i]);
+        for (int i = 0; i < 64; i++) sums[i] = __fmul_rn(scale[i >> 1 & 1], (float)acc[i]);
+#else
+        // one warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns
+        const bool by_turns = d.segment_steps <= STAGES - 2;
+        if (by_turns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        place.load(d, sums);
+        for (int left = d.steps, segment = 0; left > 0;) {
+            const int steps = min(left, d.segment_steps);
+            left -= steps;
+            consumer.multiply_segment(acc, steps, by_turns, left > 0);
+            scale_segment(sums, acc, scale);
+            if (left) place.load_scales(d, ++segment, scale);
+        }
+        if (d.carry_out) place.store(d, sums);
 #endif
     }
     // nobody may leave, or write into a neighbour's ring, before all are done with theirs
@@ -365,5 +358,5 @@ dense(const __grid_constant__ DenseArguments d) {
     }
     meet_cluster();
     const float* mine = (const float*)(ring + (at - base));
-    if (warp < kConsumerWarps) finish(d, mine, token + 64 * rank.x, output - rank.x * kTileOutputs, warp, lane);
+    if (warp < kConsumerWarps) finish(d, mine, token + kTileTokens / 2 * rank.x, output - rank.x * kTileOutputs, warp, lane);
 }

@@ -3,22 +3,10 @@
 // A block of threads takes a token, a warp 1024 inputs of it at a time: lane 8c + l has inputs 64j + 8l .. 8l+7, j = 0..3, of the c-th 256, so
 // that only strides 8, 16 and 32 leave the lane.
 //
-// Macro: MODE 0 int8 with a scale per block of 128 or 256, 1 int8 with one per token, 2 bfloat16.
+// Macro: MODE 0 int8 with a scale per block of 128 or 256, 1 int8 with one per token, 2 int16 with one per 256, as dense.cu wants it.
 
 constexpr int kInputThreads = 256, kInputWarps = kInputThreads / 32, kGroup = 1024;
 __shared__ u32 tops[kInputWarps];
-
-__device__ __forceinline__ u16 to_bfloat(float v) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-    return bits;
-}
-
-__device__ __forceinline__ void add_and_subtract(float& a, float& b) {
-    const float old = a;
-    a = __fadd_rn(old, b);
-    b = __fadd_rn(old, -b);
-}
 
 __device__ __forceinline__ void rotate_group(float (&v)[4][8], int block, float normal, int lane) {
     #pragma unroll
@@ -45,20 +33,48 @@ __device__ __forceinline__ void rotate_group(float (&v)[4][8], int block, float 
     for (int i = 0; i < 32; i++) v[i / 8][i % 8] = __fmul_rn(v[i / 8][i % 8], normal);
 }
 
-// Eight values as int8. Between two powers of two of the mantissa the low byte of a float is an integer, rounded to nearest even.
+// Between two powers of two the lower bytes of a float are an integer, rounded to nearest even.
+__device__ __forceinline__ u32 integer(float v, float factor) { return __float_as_uint(__fadd_rn(__fmul_rn(v, factor), 12582912.f)); }
+
+// The bytes `which` of four words.
+__device__ __forceinline__ u32 bytes_of(const u32* q, int which) {
+    const u32 pair = which * 0x11 + 0x40;
+    return __byte_perm(__byte_perm(q[0], q[1], pair), __byte_perm(q[2], q[3], pair), 0x5410);
+}
+
 __device__ __forceinline__ uint2 eight_int8(const float (&v)[8], const Rounding& rounding) {
-    constexpr float kInteger = 12582912.f;
     u32 q[8];
     #pragma unroll
-    for (int i = 0; i < 8; i++) q[i] = __float_as_uint(__fadd_rn(__fmul_rn(v[i], rounding.factor), kInteger));
+    for (int i = 0; i < 8; i++) q[i] = integer(v[i], rounding.factor);
     if (!rounding.finite || __float_as_uint(rounding.factor) >= kInfinity)
         #pragma unroll
         for (int i = 0; i < 8; i++) q[i] = (u32)rounding.int8(v[i]);
-    u32 packed[2];
-    #pragma unroll
-    for (int i = 0; i < 2; i++) packed[i] = __byte_perm(__byte_perm(q[4 * i], q[4 * i + 1], 0x0040), __byte_perm(q[4 * i + 2], q[4 * i + 3], 0x0040), 0x5410);
-    return make_uint2(packed[0], packed[1]);
+    return make_uint2(bytes_of(q, 0), bytes_of(q + 4, 0));
 }
+
+// The largest magnitude becomes 32639 = 127 * 256 + 127, so that the upper byte stays below 128 when the lower one is signed.
+struct Rounding16 {
+    float scale, factor;
+
+    __device__ __forceinline__ Rounding16(u32 top) {
+        const float a = __uint_as_float(top);
+        const bool tiny = top < 0x08000000;   // below 2^-111 the factor could be infinite
+        factor = tiny ? 0.f : __fdiv_rn(32639.f, a);
+        scale = tiny ? 0.f : __fdiv_rn(a, 32639.f);
+        if (top >= kInfinity) factor = 0.f, scale = __uint_as_float(0x7FC00000);
+    }
+
+    __device__ __forceinline__ void store(i8* upper, i8* lower, const float (&v)[8]) const {
+        u32 q[8];
+        #pragma unroll
+        for (int i = 0; i < 8; i++) q[i] = integer(factor == 0.f ? 0.f : v[i], factor);
+        *(uint2*)lower = make_uint2(bytes_of(q, 0), bytes_of(q + 4, 0));
+        // what the lower byte is negative by is one in the upper
+        #pragma unroll
+        for (int i = 0; i < 8; i++) q[i] += 128;
+        *(uint2*)upper = make_uint2(bytes_of(q, 1), bytes_of(q + 4, 1));
+    }
+};
 
 // int8 with one scale per token takes two passes, the first of which only looks for the largest magnitude: rotating twice is cheaper than memory
 // for what would have to be kept.
@@ -83,7 +99,7 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
             }
             rotate_group(v, block, normal, lane);
             u32 tops_of[2] = {0, 0};
-            if (MODE == 0 || pass == 0) {
+            if (MODE != 1 || pass == 0) {
                 #pragma unroll
                 for (int i = 0; i < 32; i++) tops_of[i / 16] = max(tops_of[i / 16], magnitude(v[i / 8][i % 8]));
             }
@@ -91,8 +107,8 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
                 top = max(top, max(tops_of[0], tops_of[1]));
                 continue;
             }
-            if (MODE == 0) {
-                if (block == kChunk) tops_of[0] = tops_of[1] = max(tops_of[0], tops_of[1]);
+            if (MODE != 1) {
+                if (MODE == 2 || block == kChunk) tops_of[0] = tops_of[1] = max(tops_of[0], tops_of[1]);
                 #pragma unroll
                 for (int h = 1; h < 8; h *= 2)
                     #pragma unroll
@@ -100,19 +116,18 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
             }
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const Rounding rounding = MODE == 0 ? Rounding(tops_of[half], true) : whole;
                 #pragma unroll
                 for (int j = 2 * half; j < 2 * half + 2; j++) {
                     const int k = begin + 64 * j;
-                    const size_t at = (size_t)token * padded + k;
                     if (k >= padded) continue;
 #if MODE == 2
-                    __align__(16) u16 eight[8];
-                    #pragma unroll
-                    for (int i = 0; i < 8; i++) eight[i] = to_bfloat(v[j][i]);
-                    *(uint4*)((u16*)to + at) = *(const uint4*)eight;
+                    i8* upper = (i8*)to + (size_t)(token / 8 * 16 + token % 8) * padded + k;
+                    const Rounding16 rounding(tops_of[half]);
+                    rounding.store(upper, upper + (size_t)8 * padded, v[j]);
+                    if (k % kChunk == 0) scales[token * ((inputs + kChunk - 1) / kChunk) + k / kChunk] = rounding.scale;
 #else
-                    *(uint2*)((i8*)to + at) = eight_int8(v[j], rounding);
+                    const Rounding rounding = MODE == 0 ? Rounding(tops_of[half], true) : whole;
+                    *(uint2*)((i8*)to + (size_t)token * padded + k) = eight_int8(v[j], rounding);
                     if (MODE == 0 && k % block == 0 && k < inputs) scales[token * (inputs / block) + k / block] = rounding.scale;
 #endif
                 }

@@ -144,12 +144,10 @@ def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tenso
         # larger segments than the dense product takes are cut, and each piece gets the scale of the whole
         scales = scales.repeat_interleave(layer.segment // segment, dim=1)
     sums = x.new_empty((len(x), layer.rows * TILE_OUTPUTS), dtype=torch.float32)
-    # levels are exact in bfloat16, activations lose what they lose in a bfloat16 model; sums are float32
-    kind = torch.bfloat16 if is_float and x.dtype != torch.float32 else torch.int8
     step = max(1, _LEVEL_BYTES // (units * UNIT_INPUTS * TILE_OUTPUTS))
     for first in range(0, layer.rows, step):
         rows = range(first, min(first + step, layer.rows))
-        levels = x.new_empty((len(rows) * TILE_OUTPUTS, units * UNIT_INPUTS), dtype=kind)
+        levels = x.new_empty((len(rows) * TILE_OUTPUTS, units * UNIT_INPUTS), dtype=torch.int8)
         many.levels(levels, layer.arranged, layer.bits, rows, range(units), units)
         part = sums[:, first * TILE_OUTPUTS : rows.stop * TILE_OUTPUTS]
         if not is_float:
@@ -157,7 +155,8 @@ def _many_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tenso
         elif x.dtype == torch.float32:
             torch.mm(values, levels.to(torch.float32).t(), out=part)
         else:
-            part.copy_(torch.mm(values.to(torch.bfloat16), levels.t(), out_dtype=torch.float32))
+            # levels are exact in bfloat16, activations lose what they lose in a bfloat16 model; sums are float32
+            part.copy_(torch.mm(values.to(torch.bfloat16), levels.to(torch.bfloat16).t(), out_dtype=torch.float32))
     return launches.finish(sums, None, layer.scale, layer.output_block, x.dtype)
 
 

@@ -1,7 +1,8 @@
 """Products of many tokens on Hopper: levels decoded a slab at a time into the L2, and multiplied there by dense.cu.
 
 A slab is some outputs and some inputs of the weights. It is as large as what the L2 keeps until it has been multiplied, and its
-products fill the multiprocessors in whole waves. Results with int8 activations have the bits of the reference.
+products fill the multiprocessors in whole waves. Results with int8 activations have the bits of the reference. Float activations of 16-bit
+models become 16-bit integers with a scale for each 256 inputs, which are two rows of int8.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Slab", "dense_source", "inputs_source", "levels", "linear", "plan", "takes"]
 
-#: Of dense.cu: tokens of a block of threads, outputs of two of them, bytes of a step along the inputs, steps in flight.
-_TOKENS, _OUTPUTS, _STEP, _STAGES = 128, 256, 128, 6
+#: What dense.cu and inputs.cu make of activations: int8 with several scales per token, int8 with one, int16 with several.
+SEGMENTS, TOKEN, INT16 = 0, 1, 2
+#: Of dense.cu: rows of a block of threads, outputs of two of them, inputs of a step, steps in flight.
+_ROWS, _OUTPUTS, _STEP, _STAGES = 128, 256, 128, 6
 _THREADS, _STAGE_BYTES = 288, 32 << 10
 _INPUT_THREADS = 256
 #: Hadamard blocks of outputs that dense.cu rotates, and of inputs that inputs.cu rotates.
@@ -59,8 +62,8 @@ class _Arguments(ctypes.Structure):
 
 
 def dense_source(mode: int, dtype: torch.dtype, sharing: int) -> str:
-    """dense.cu for int8 with segments (0), int8 with one scale per token (1) or bfloat16 (2), the dtype of the result, and CLUSTER_TOKENS."""
-    macros = {"MODE": mode, "STAGES": _STAGES, "ORDERED": int(mode == 0), "DTYPE": DTYPES[dtype], "CLUSTER_TOKENS": sharing}
+    """dense.cu for a mode, the dtype of the result, and CLUSTER_TOKENS."""
+    macros = {"MODE": mode, "STAGES": _STAGES, "DTYPE": DTYPES[dtype], "CLUSTER_TOKENS": sharing}
     return source_of("values.cu", "dense.cu", **macros)
 
 
@@ -71,7 +74,7 @@ def _dense_kernel(device: int, mode: int, dtype: torch.dtype, sharing: int) -> K
 
 
 def inputs_source(mode: int, dtype: torch.dtype) -> str:
-    """inputs.cu for a mode as of `dense_source` and the dtype of the inputs."""
+    """inputs.cu for a mode and the dtype of the inputs."""
     return source_of("values.cu", "inputs.cu", MODE=mode, DTYPE=DTYPES[dtype])
 
 
@@ -91,34 +94,40 @@ def _stream(device: int) -> int:
 
 
 def takes(layer: Layer, x: torch.Tensor, activations: str) -> bool:
-    """Whether `linear` computes these products; float activations of float32 models are not rounded to bfloat16."""
-    if activations == "float" and x.dtype == torch.float32:
-        return False
-    cut = activations == "float" or not layer.segmented or layer.segment % _STEP == 0
-    return cut and layer.outputs % 8 == 0 and _is_hopper(x.device.index)
+    """Whether `linear` computes these products; float activations of float32 models are not rounded to 16 bits."""
+    if activations == "float":
+        fits = x.dtype != torch.float32 and _rotates(layer)
+    else:
+        fits = not layer.segmented or layer.segment % _STEP == 0
+    return fits and layer.outputs % 8 == 0 and _is_hopper(x.device.index)
+
+
+def _rotates(layer: Layer) -> bool:
+    """Whether inputs.cu rotates the inputs."""
+    return layer.input_block <= _FUSED_BLOCK and layer.inputs % 8 == 0
 
 
 @cache
-def plan(inputs: int, outputs: int, tokens: int, width: int, quantum: int, processors: int) -> Slab:
+def plan(inputs: int, outputs: int, rows: int, quantum: int, processors: int) -> Slab:
     """The slab that takes the least time by a simple count.
 
     Args:
-        inputs, outputs, tokens: of the product, inputs in whole units.
-        width: bytes of a level.
+        inputs, outputs: of the product, inputs in whole units.
+        rows: of int8, one or two for a token.
         quantum: inputs that must not be cut.
         processors: multiprocessors.
     """
-    across, down, wave = -(-outputs // _OUTPUTS), -(-tokens // _TOKENS), processors // 2
+    across, down, wave = -(-outputs // _OUTPUTS), -(-rows // _ROWS), processors // 2
     best = math.inf, Slab(outputs, inputs)
     for pairs in range(1, across + 1):
-        slab_inputs = min(inputs, max(1, _SLAB_BYTES // (pairs * _OUTPUTS * width * quantum)) * quantum)
+        slab_inputs = min(inputs, max(1, _SLAB_BYTES // (pairs * _OUTPUTS * quantum)) * quantum)
         # slabs along the inputs of equal size
         cuts = -(-inputs // slab_inputs)
         slab_inputs = -(-inputs // cuts // quantum) * quantum
         whole, rest = divmod(across, pairs)
         waves = whole * -(-pairs * down // wave) + -(-rest * down // wave)
-        time = waves * inputs * width / _STEP * _STEP_TIME + (whole + (rest > 0)) * cuts * _LAUNCHES_TIME
-        time += (cuts - 1) * tokens * outputs * 8 / _CARRY_RATE
+        time = waves * inputs / _STEP * _STEP_TIME + (whole + (rest > 0)) * cuts * _LAUNCHES_TIME
+        time += (cuts - 1) * rows * outputs * 8 / _CARRY_RATE
         best = min(best, (time, Slab(pairs * _OUTPUTS, slab_inputs)))
     return best[1]
 
@@ -127,7 +136,7 @@ def levels(to: torch.Tensor, arranged: torch.Tensor, bits: int, rows: range, uni
     """Decode some rows of tiles.
 
     Args:
-        to: int8 or bfloat16 [len(rows) * 64, len(units) * 64].
+        to: int8 [len(rows) * 64, len(units) * 64].
         arranged: from `layout.arrange`.
         bits: bits per pair.
         rows: of tiles.
@@ -135,60 +144,80 @@ def levels(to: torch.Tensor, arranged: torch.Tensor, bits: int, rows: range, uni
         row_units: units of a whole row.
     """
     device, count = to.device.index, len(rows) * len(units)
-    kernel, workers = levels_kernel(device, bits, to.dtype == torch.bfloat16), compiled.workers_of(device, count)
+    kernel, workers = levels_kernel(device, bits), compiled.workers_of(device, count)
     start = arranged.data_ptr() + rows.start * row_units * UNIT_INPUTS * 4 * bits
     sizes = len(rows), row_units, units.start, len(units), 1
     kernel.launch((-(-workers // WARPS), 1), _stream(device), start, to.data_ptr(), *sizes)
 
 
-def _inputs(x: torch.Tensor, layer: Layer, mode: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotated inputs, int8 or bfloat16 [M, P], and their scales."""
+def _inputs(x: torch.Tensor, layer: Layer, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated inputs as rows for dense.cu, int8 [rows, P], and their scales."""
     (tokens, inputs), device, block = x.shape, x.device.index, layer.input_block
-    if block > _FUSED_BLOCK or inputs % 8:
-        values, scales = launches.rotate(x, layer.input_scale, block, mode == 0, "float32" if mode == 2 else "int8")
-        return values.to(torch.bfloat16) if mode == 2 else values, scales
+    if not _rotates(layer):
+        return launches.rotate(x, layer.input_scale, block, mode == SEGMENTS, "int8")
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     padded = units_of(inputs) * UNIT_INPUTS
-    values = x.new_empty((tokens, padded), dtype=torch.bfloat16 if mode == 2 else torch.int8)
-    scales = None if mode == 2 else x.new_empty((tokens, inputs // block if mode == 0 else 1), dtype=torch.float32)
-    pointers = x.data_ptr(), layer.input_scale.data_ptr(), values.data_ptr(), None if scales is None else scales.data_ptr()
+    scales = {SEGMENTS: inputs // block, TOKEN: 1, INT16: -(-inputs // _FUSED_BLOCK)}[mode]
+    values = x.new_empty((-(-tokens // 8) * 16 if mode == INT16 else tokens, padded), dtype=torch.int8)
+    scales = x.new_empty((tokens, scales), dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (x, layer.input_scale, values, scales))
     _inputs_kernel(device, mode, x.dtype).launch((tokens, 1), _stream(device), *pointers, inputs, padded, block, 1 / math.sqrt(block))
     return values, scales
 
 
 class _Product(NamedTuple):
-    """What the launches of one product share."""
+    """What the launches of one product share; `sums` are between them or, without `y`, the result."""
 
+    mode: int
+    tokens: int
     values: torch.Tensor
-    scales: torch.Tensor | None
-    tokens_map: TensorMap
-    buffer: torch.Tensor
+    scales: torch.Tensor
+    segment: int
+    slab: Slab
+    levels: torch.Tensor
     sums: torch.Tensor | None
     y: torch.Tensor | None
     sharing: int
 
 
-def _arguments(layer: Layer, product: _Product, slab: Slab, first: int, begin: int) -> _Arguments:
+def _product(x: torch.Tensor, layer: Layer, mode: int) -> _Product:
+    """Inputs, and memory for the rest."""
+    device, tokens = x.device.index, len(x)
+    values, scales = _inputs(x, layer, mode)
+    rows, padded = values.shape
+    segment = {SEGMENTS: layer.segment, TOKEN: padded, INT16: _FUSED_BLOCK}[mode]
+    quantum = _STEP if mode == TOKEN else segment
+    slab = plan(padded, layer.outputs, rows, quantum, torch.cuda.get_device_properties(device).multi_processor_count)
+    fused = layer.output_block <= _FUSED_BLOCK
+    sums = None
+    if not fused or slab.inputs < padded:
+        shape = tokens, slab.outputs if fused else layer.outputs
+        sums = x.new_empty(shape, dtype=torch.int32 if mode == TOKEN else torch.float32)
+    y = x.new_empty((tokens, layer.outputs)) if fused else None
+    levels = x.new_empty(slab.outputs * slab.inputs, dtype=torch.int8)
+    return _Product(mode, tokens, values, scales, segment, slab, levels, sums, y, 1 + (rows > _ROWS))
+
+
+def _arguments(layer: Layer, product: _Product, tokens_map: TensorMap, first: int, begin: int) -> _Arguments:
     """Of the launch for outputs `first` .. and inputs `begin` .. ."""
-    (tokens, padded), width = product.values.shape, product.values.element_size()
+    slab, padded, scales, sums, y = product.slab, product.values.shape[1], product.scales, product.sums, product.y
     outputs, inputs = min(slab.outputs, layer.outputs - first), min(slab.inputs, padded - begin)
-    scales, sums, y = product.scales, product.sums, product.y
-    by_segment = scales is not None and layer.segmented
+    level_rows = -(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS
     carry = None if sums is None else sums.data_ptr() + (first * 4 if y is None else 0)
     return _Arguments(
-        product.tokens_map,
-        tensor_map(product.buffer.data_ptr(), -(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS, inputs * width, _OUTPUTS // 2 // product.sharing),
-        None if scales is None else scales.data_ptr() + (begin // layer.segment * 4 if by_segment else 0),
+        tokens_map,
+        tensor_map(product.levels.data_ptr(), level_rows, inputs, _OUTPUTS // 2 // product.sharing),
+        scales.data_ptr() + begin // product.segment * 4,
         layer.scale.data_ptr() + first * layer.scale.element_size(),
         None if y is None else y.data_ptr() + first * y.element_size(),
         carry if begin else None,
         None if y is not None and begin + inputs == padded else carry,
-        tokens,
+        product.tokens,
         outputs,
-        -(-inputs * width // _STEP),
-        begin * width // _STEP,
-        layer.segment // _STEP if by_segment else 1 << 30,
-        1 if scales is None else scales.shape[1],
+        -(-inputs // _STEP),
+        begin // _STEP,
+        -(-product.segment // _STEP),
+        scales.shape[1],
         layer.outputs,
         0 if sums is None else sums.shape[1],
         layer.output_block,
@@ -207,27 +236,19 @@ def linear(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
     Returns:
         [M, N], the dtype of `x`.
     """
-    mode, device = 2 if activations == "float" else 0 if layer.segmented else 1, x.device.index
-    values, scales = _inputs(x, layer, mode)
-    (tokens, padded), width = values.shape, values.element_size()
-    quantum = layer.segment if mode == 0 else _STEP
-    slab = plan(padded, layer.outputs, tokens, width, quantum, torch.cuda.get_device_properties(device).multi_processor_count)
-    fused = layer.output_block <= _FUSED_BLOCK
-    sums = y = None
-    if fused:
-        y = x.new_empty((tokens, layer.outputs))
-    if not fused or slab.inputs < padded:
-        sums = x.new_empty((tokens, slab.outputs if fused else layer.outputs), dtype=torch.int32 if mode == 1 else torch.float32)
-    sharing = 1 + (tokens > _TOKENS)
-    tokens_map = tensor_map(values.data_ptr(), tokens, padded * width, _TOKENS // 2)
-    product = _Product(values, scales, tokens_map, x.new_empty(slab.outputs * slab.inputs, dtype=values.dtype), sums, y, sharing)
+    mode, device = INT16 if activations == "float" else SEGMENTS if layer.segmented else TOKEN, x.device.index
+    product = _product(x, layer, mode)
+    (rows, padded), slab, sharing = product.values.shape, product.slab, product.sharing
+    tokens_map = tensor_map(product.values.data_ptr(), rows, padded, _ROWS // 2)
     kernel = _dense_kernel(device, mode, x.dtype, sharing)
     for first in range(0, layer.outputs, slab.outputs):
         outputs = min(slab.outputs, layer.outputs - first)
-        rows = range(first // TILE_OUTPUTS, -(-(first + outputs) // TILE_OUTPUTS))
+        tiles = range(first // TILE_OUTPUTS, -(-(first + outputs) // TILE_OUTPUTS))
         for begin in range(0, padded, slab.inputs):
             units = range(begin // UNIT_INPUTS, min(padded, begin + slab.inputs) // UNIT_INPUTS)
-            levels(product.buffer, layer.arranged, layer.bits, rows, units, padded // UNIT_INPUTS)
-            grid = 2 * -(-outputs // _OUTPUTS), -(-tokens // (_TOKENS * sharing)) * sharing
-            kernel.launch(grid, _stream(device), _arguments(layer, product, slab, first, begin))
-    return y if fused else launches.finish(sums, scales if mode == 1 else None, layer.scale, layer.output_block, x.dtype)
+            levels(product.levels, layer.arranged, layer.bits, tiles, units, padded // UNIT_INPUTS)
+            grid = 2 * -(-outputs // _OUTPUTS), -(-rows // (_ROWS * sharing)) * sharing
+            kernel.launch(grid, _stream(device), _arguments(layer, product, tokens_map, first, begin))
+    if product.y is not None:
+        return product.y
+    return launches.finish(product.sums, product.scales if mode == TOKEN else None, layer.scale, layer.output_block, x.dtype)

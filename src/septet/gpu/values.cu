@@ -29,6 +29,12 @@ __device__ __forceinline__ float butterfly(float mine, float other, bool upper) 
     return upper ? __fadd_rn(other, -mine) : __fadd_rn(mine, other);
 }
 
+__device__ __forceinline__ void add_and_subtract(float& a, float& b) {
+    const float old = a;
+    a = __fadd_rn(old, b);
+    b = __fadd_rn(old, -b);
+}
+
 __device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7FFFFFFF; }
 
 // How a segment whose largest magnitude has the bits `top` is rounded: to int8, or to two float16 after a power of two.
