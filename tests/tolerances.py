@@ -9,6 +9,7 @@ import numpy as np
 
 FLOAT32_UNIT = 2.0**-24
 FLOAT16_UNIT = 2.0**-11
+BFLOAT16_UNIT = 2.0**-8
 
 
 def float_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

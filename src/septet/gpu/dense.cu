@@ -1,23 +1,22 @@
 // Products of many tokens with decoded levels on Hopper's tensor cores, and the rotation of the outputs. Follows values.cu; sm_90a.
 //
 // A block makes 128 tokens x 128 outputs. One warp brings 128 bytes of the inputs of each at a time into a ring of shared memory; two
-// warpgroups multiply, 64 tokens each. Two blocks side by side in a cluster have the same tokens, of which each brings half for both, and
-// together the 256 outputs of a Hadamard block; with CLUSTER_TOKENS 2, two blocks above each other have the same weights and share likewise.
-// Without that, what comes from the L2 would set the pace. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
+// warpgroups multiply, 64 tokens each. Two blocks are a cluster: they have the same tokens, of which each brings half for both, and
+// together the 256 outputs of a Hadamard block. Sums of a segment of inputs are int32; times their scale they go onto float32 sums in
 // ascending order, each step rounded on its own, so that results have the bits of the reference. Float activations are 16-bit integers in
 // two rows of int8, 8 tokens' upper bytes and then their lower ones, which are a lane's two rows: 64 tokens are 128 rows.
-// The warpgroups take turns: while one scales its sums, the tensor cores work for the other.
+// While sums of a segment are scaled, the tensor cores are at the next: there are two sets of them.
 //
 // Inputs may be cut into several launches: `carry_in` and `carry_out` hold the sums between them.
 //
-// Macros: CLUSTER_TOKENS 1|2; MODE 0 int8 with segments, 1 int8 with one scale per token, 2 int16 with segments; STAGES of the ring; DTYPE of the result.
+// Macros: MODE 0 int8 with segments, 1 int8 with one scale per token, 2 int16 with segments; STAGES of the ring; DTYPE of the result.
 
 struct __align__(64) TensorMap {
     u64 words[16];
 };
 
 struct DenseArguments {
-    TensorMap tokens_map, levels_map;   // bytes, 128 a row, 64 rows of tokens and 128 / CLUSTER_TOKENS outputs at a time, swizzled
+    TensorMap tokens_map, levels_map;   // bytes, 128 a row, 64 rows of tokens and 128 outputs at a time, swizzled
     const float* scales;                // [tokens][scale_columns], from the first segment of this launch
     const u16* output_scale;
     Value* y;                           // [tokens][y_columns], unless there is `carry_out`
@@ -29,8 +28,6 @@ struct DenseArguments {
 
 constexpr int kTileRows = 128, kTileOutputs = 128, kStep = 128, kConsumerWarps = 8;
 constexpr int kLaneTokens = MODE == 2 ? 1 : 2, kTileTokens = 64 * kLaneTokens, kSums = 32 * kLaneTokens;
-// Outputs that a block brings, and blocks that write into its ring or into whose it writes.
-constexpr int kOwnOutputs = kTileOutputs / CLUSTER_TOKENS, kNeighbours = 1 + CLUSTER_TOKENS;
 constexpr u32 kStageBytes = (kTileRows + kTileOutputs) * kStep, kBarriersAt = STAGES * kStageBytes;
 constexpr int kPitch = 2 * kTileOutputs + 8;   // of floats that the two blocks exchange
 static_assert(64 * kPitch * 4 <= kBarriersAt, "what the blocks exchange takes the place of the ring");
@@ -87,14 +84,6 @@ __device__ __forceinline__ void line_up_cluster() {
 __device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// A block's place in its cluster; a neighbour shares its tokens or its outputs.
-struct Rank {
-    u32 x, y;
-    __device__ __forceinline__ u32 neighbour(int i) const { return (x ^ (i == 1)) + 2 * (y ^ (i == 2)); }
-    __device__ __forceinline__ unsigned short same_tokens() const { return 3 << 2 * y; }
-    __device__ __forceinline__ unsigned short same_outputs() const { return 5 << x; }
-};
-
 // Where a role is in the ring.
 struct Turn {
     int slot;
@@ -107,7 +96,7 @@ struct Turn {
     }
 };
 
-// Barriers of the ring: a stage is full when its bytes are here, empty when 8 warps of all neighbours are done with it.
+// Barriers of the ring: a stage is full when its bytes are here, empty when 8 warps of both blocks are done with it.
 struct Ring {
     u32 at;
     __device__ __forceinline__ u32 stage(int slot) const { return at + slot * kStageBytes; }
@@ -117,37 +106,31 @@ struct Ring {
     __device__ __forceinline__ void prepare() const {
         for (int slot = 0; slot < STAGES; slot++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full(slot)));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty(slot)), "n"(kNeighbours * kConsumerWarps));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty(slot)), "n"(2 * kConsumerWarps));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
-    // By a whole warp; `there` is the place of this ring in the lane's neighbour. A release at cluster scope would wait for memory, for a
+    // By a whole warp; `there` is this ring in the own block (lane 0) or in the other. A release at cluster scope would wait for memory, for a
     // microsecond, and there is nothing to pass on: the tensor cores have read what they read.
     __device__ __forceinline__ void release(int slot, u32 there, int lane) const {
-        if (lane < kNeighbours) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(there + kBarriersAt + 16 * slot + 8) : "memory");
+        if (lane < 2) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(there + kBarriersAt + 16 * slot + 8) : "memory");
     }
 };
 
-__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, Rank rank, int row, int output) {
+__device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring, u32 rank, int row, int output) {
     const u64 tokens_map = (u64)&d.tokens_map, levels_map = (u64)&d.levels_map;
-    const u32 tokens_to = rank.x * 64 * kStep, levels_to = kTileRows * kStep + rank.y * kOwnOutputs * kStep;
+    const unsigned short both = 3;
     Turn turn = {0, 1};
     for (int step = 0; step < d.steps; step++, turn.next()) {
         const u32 full = ring.full(turn.slot), stage = ring.stage(turn.slot);
         wait_for(ring.empty(turn.slot), turn.parity);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(kStageBytes) : "memory");
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-            :: "r"(stage + tokens_to), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(row + (int)rank.x * 64), "r"(full),
-            "h"(rank.same_tokens()) : "memory");
-#if CLUSTER_TOKENS == 2
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-            :: "r"(stage + levels_to), "l"(levels_map), "r"(step * kStep), "r"(output + (int)rank.y * kOwnOutputs), "r"(full),
-            "h"(rank.same_outputs()) : "memory");
-#else
+            :: "r"(stage + rank * 64 * kStep), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(row + (int)rank * 64), "r"(full), "h"(both)
+            : "memory");
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-            :: "r"(stage + levels_to), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
-#endif
+            :: "r"(stage + kTileRows * kStep), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
     }
 }
 
@@ -203,22 +186,22 @@ __device__ __forceinline__ void scale_segment(float (&sums)[kSums], const int (&
             }
 }
 
-// What a warpgroup needs to multiply.
+// What a warpgroup needs to multiply. Two steps are on their way when it comes back from one.
 struct Consumer {
     Ring ring;
-    u32 there;   // the ring of the lane's neighbour
+    u32 there;   // the ring in the own block (lane 0) or in the other (lane 1)
     int group, lane, owed;   // releases that somebody waits for: not those of the last stages, who may be gone when they come
     Turn turn, done;
+    int pending;
 
     __device__ __forceinline__ void release() {
         if (owed-- > 0) ring.release(done.slot, there, lane);
         done.next();
     }
 
-    // Sums of `steps` steps. `more`: another segment follows.
-    __device__ __forceinline__ void multiply_segment(int (&acc)[64], int steps, bool by_turns, bool more) {
-        if (by_turns) asm volatile("bar.sync %0, 256;" :: "r"(1 + group) : "memory");
-        for (int step = 0; step < steps; step++, turn.next()) {
+    // Begins the sums of some steps; those of two steps before the last are complete then.
+    __device__ __forceinline__ void begin_segment(int (&acc)[64], int steps) {
+        for (int step = 0; step < steps; step++) {
             const u32 stage = ring.stage(turn.slot);
             wait_for(ring.full(turn.slot), turn.parity);
             const u64 a = matrix_at(stage + group * 64 * kStep), b = matrix_at(stage + kTileRows * kStep);
@@ -226,15 +209,10 @@ struct Consumer {
             #pragma unroll
             for (int k = 0; k < 4; k++) multiply(acc, a + 2 * k, b + 2 * k, step || k);
             commit_products();
-            if (step >= 2) {
-                wait_for_products<2>();
-                release();
-            }
+            turn.next();
+            wait_for_products<2>();
+            if (--pending < 0) release();
         }
-        if (by_turns && (more || group == 0)) asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory");
-        wait_for_products<0>();
-        hold(acc);
-        while (done.slot != turn.slot) release();
     }
 };
 
@@ -260,8 +238,8 @@ __device__ __forceinline__ void rotate_outputs(float (&v)[kSums], int block, int
 }
 
 // Gives the sums of a warpgroup to the block that finishes its tokens.
-__device__ __forceinline__ void give(const float (&v)[kSums], u32 at, Rank rank, int group, int warp, int lane) {
-    const u32 to = in_block(at, group + 2 * rank.y) + 4 * ((8 * kLaneTokens * (warp & 3) + lane / 4) * kPitch + rank.x * kTileOutputs + 2 * (lane & 3));
+__device__ __forceinline__ void give(const float (&v)[kSums], u32 at, u32 rank, int group, int warp, int lane) {
+    const u32 to = in_block(at, group) + 4 * ((8 * kLaneTokens * (warp & 3) + lane / 4) * kPitch + rank * kTileOutputs + 2 * (lane & 3));
     #pragma unroll
     for (int j = 0; j < 16; j++)
         #pragma unroll
@@ -301,30 +279,35 @@ __device__ __forceinline__ void finish(const DenseArguments& d, const float* sum
     }
 }
 
-// Blocks along x count outputs, along y tokens.
-extern "C" __global__ void __cluster_dims__(2, CLUSTER_TOKENS, 1) __launch_bounds__(32 * (kConsumerWarps + 1), 1)
+// Blocks along x count outputs, along y tokens. The third warpgroup has one warp of work, and gives its registers to the others.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * (kConsumerWarps + 4), 1)
 dense(const __grid_constant__ DenseArguments d) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
-    const u32 base = (u32)__cvta_generic_to_shared(ring), at = base + 1023 & ~1023u;
-    const Rank rank = {blockIdx.x & 1, blockIdx.y & CLUSTER_TOKENS - 1};
+    const u32 base = (u32)__cvta_generic_to_shared(ring), at = base + 1023 & ~1023u, rank = blockIdx.x & 1;
     const Ring stages = {at};
     const int token = blockIdx.y * kTileTokens, output = blockIdx.x * kTileOutputs;
-    const Place place = {token + kLaneTokens * (32 * group + 8 * (warp & 3)) + lane / 4, output + 2 * (lane & 3)};
-    float sums[kSums];
     if (threadIdx.x == 0) stages.prepare();
     line_up_cluster();
     let_the_next_begin();
     wait_for_inputs();
-    if (warp == kConsumerWarps) {
-        if (lane == 0) bring(d, stages, rank, blockIdx.y * kTileRows, output);
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 32 * kConsumerWarps) bring(d, stages, rank, blockIdx.y * kTileRows, output);
         __syncwarp();
+        line_up_cluster();
+        if (!d.carry_out) meet_cluster();
     } else {
-        Consumer consumer = {stages, in_block(at, rank.neighbour(min(lane, kNeighbours - 1))), group, lane, d.steps - STAGES, {0, 0}, {0, 0}};
-        int acc[64];
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        const Place place = {token + kLaneTokens * (32 * group + 8 * (warp & 3)) + lane / 4, output + 2 * (lane & 3)};
+        float sums[kSums];
+        Consumer consumer = {stages, in_block(at, rank ^ min(lane, 1)), group, lane, d.steps - STAGES, {0, 0}, {0, 0}, 2};
         float scale[kLaneTokens];
-        place.load_scales(d, 0, scale);
 #if MODE == 1
-        consumer.multiply_segment(acc, d.steps, false, false);
+        int acc[64];
+        place.load_scales(d, 0, scale);
+        consumer.begin_segment(acc, d.steps);
+        wait_for_products<0>();
+        hold(acc);
         if (d.carry_in) {
             int before[64];
             place.load(d, before);
@@ -335,28 +318,46 @@ dense(const __grid_constant__ DenseArguments d) {
         #pragma unroll
         for (int i = 0; i < 64; i++) sums[i] = __fmul_rn(scale[i >> 1 & 1], (float)acc[i]);
 #else
-        // one warpgroup may be a whole segment ahead of the other, which the ring has to have room for; long segments need no turns
-        const bool by_turns = d.segment_steps <= STAGES - 2;
-        if (by_turns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
-        place.load(d, sums);
-        for (int left = d.steps, segment = 0; left > 0;) {
+        // while sums of one segment are scaled, the tensor cores are at the next
+        int even[64], odd[64], left = d.steps, segment = 0;
+        const auto begin = [&](int (&acc)[64]) {
             const int steps = min(left, d.segment_steps);
             left -= steps;
-            consumer.multiply_segment(acc, steps, by_turns, left > 0);
+            consumer.begin_segment(acc, steps);
+            return steps;
+        };
+        const auto end = [&](int (&acc)[64]) {
+            hold(acc);
+            place.load_scales(d, segment++, scale);
             scale_segment(sums, acc, scale);
-            if (left) place.load_scales(d, ++segment, scale);
+        };
+        place.load(d, sums);
+        begin(even);
+        for (;;) {
+            if (!left) {
+                wait_for_products<0>();
+                end(even);
+                break;
+            }
+            if (begin(odd) == 1) wait_for_products<1>();
+            end(even);
+            if (!left) {
+                wait_for_products<0>();
+                end(odd);
+                break;
+            }
+            if (begin(even) == 1) wait_for_products<1>();
+            end(odd);
         }
         if (d.carry_out) place.store(d, sums);
 #endif
-    }
-    // nobody may leave, or write into a neighbour's ring, before all are done with theirs
-    line_up_cluster();
-    if (d.carry_out) return;
-    if (warp < kConsumerWarps) {
+        // nobody may leave, or write into a neighbour's ring, before all are done with theirs
+        line_up_cluster();
+        if (d.carry_out) return;
         rotate_outputs(sums, d.output_block, lane);
         give(sums, at, rank, group, warp, lane);
+        meet_cluster();
+        const float* mine = (const float*)(ring + (at - base));
+        finish(d, mine, token + kTileTokens / 2 * rank, output - rank * kTileOutputs, warp, lane);
     }
-    meet_cluster();
-    const float* mine = (const float*)(ring + (at - base));
-    if (warp < kConsumerWarps) finish(d, mine, token + kTileTokens / 2 * rank.x, output - rank.x * kTileOutputs, warp, lane);
 }

@@ -1,7 +1,7 @@
-"""Products of many tokens on Hopper: levels decoded a slab at a time into the L2, and multiplied there by dense.cu.
+"""Products of many tokens on Hopper: levels are decoded a slab at a time, and multiplied by dense.cu.
 
-A slab is some outputs and some inputs of the weights. It is as large as what the L2 keeps until it has been multiplied, and its
-products fill the multiprocessors in whole waves. Results with int8 activations have the bits of the reference. Float activations of 16-bit
+A slab is some outputs and some inputs of the weights, such that its products fill the multiprocessors in whole waves, and is all
+that is ever decoded at the same time. Results with int8 activations have the bits of the reference. Float activations of 16-bit
 models become 16-bit integers with a scale for each 256 inputs, which are two rows of int8.
 """
 
@@ -29,11 +29,11 @@ __all__ = ["Slab", "dense_source", "inputs_source", "levels", "linear", "plan", 
 SEGMENTS, TOKEN, INT16 = 0, 1, 2
 #: Of dense.cu: rows of a block of threads, outputs of two of them, inputs of a step, steps in flight.
 _ROWS, _OUTPUTS, _STEP, _STAGES = 128, 256, 128, 6
-_THREADS, _STAGE_BYTES = 288, 32 << 10
+_THREADS, _STAGE_BYTES = 384, 32 << 10
 _INPUT_THREADS = 256
 #: Hadamard blocks of outputs that dense.cu rotates, and of inputs that inputs.cu rotates.
 _FUSED_BLOCK = 256
-#: Levels of a slab, so that they stay in the 50 MB of an H100's L2.
+#: Levels of a slab. The L2 keeps half as many until they are multiplied, but more launches cost what that saves; measured on an H100.
 _SLAB_BYTES = 32 << 20
 #: What `plan` weighs, in microseconds, measured on an H100: a step of all blocks, two launches; and bytes of sums moved in one.
 _STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.36, 4.0, 4e6
@@ -61,15 +61,14 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def dense_source(mode: int, dtype: torch.dtype, sharing: int) -> str:
-    """dense.cu for a mode, the dtype of the result, and CLUSTER_TOKENS."""
-    macros = {"MODE": mode, "STAGES": _STAGES, "DTYPE": DTYPES[dtype], "CLUSTER_TOKENS": sharing}
-    return source_of("values.cu", "dense.cu", **macros)
+def dense_source(mode: int, dtype: torch.dtype) -> str:
+    """dense.cu for a mode and the dtype of the result."""
+    return source_of("values.cu", "dense.cu", MODE=mode, STAGES=_STAGES, DTYPE=DTYPES[dtype])
 
 
 @cache
-def _dense_kernel(device: int, mode: int, dtype: torch.dtype, sharing: int) -> Kernel:
-    image = compile_source(dense_source(mode, dtype, sharing), ("--gpu-architecture=sm_90a", "--std=c++17"))
+def _dense_kernel(device: int, mode: int, dtype: torch.dtype) -> Kernel:
+    image = compile_source(dense_source(mode, dtype), ("--gpu-architecture=sm_90a", "--std=c++17"))
     return load_kernel(image, "dense", (_Arguments,), _THREADS, _STAGES * (_STAGE_BYTES + 16) + 1024)
 
 
@@ -177,7 +176,6 @@ class _Product(NamedTuple):
     levels: torch.Tensor
     sums: torch.Tensor | None
     y: torch.Tensor | None
-    sharing: int
 
 
 def _product(x: torch.Tensor, layer: Layer, mode: int) -> _Product:
@@ -195,7 +193,7 @@ def _product(x: torch.Tensor, layer: Layer, mode: int) -> _Product:
         sums = x.new_empty(shape, dtype=torch.int32 if mode == TOKEN else torch.float32)
     y = x.new_empty((tokens, layer.outputs)) if fused else None
     levels = x.new_empty(slab.outputs * slab.inputs, dtype=torch.int8)
-    return _Product(mode, tokens, values, scales, segment, slab, levels, sums, y, 1 + (rows > _ROWS))
+    return _Product(mode, tokens, values, scales, segment, slab, levels, sums, y)
 
 
 def _arguments(layer: Layer, product: _Product, tokens_map: TensorMap, first: int, begin: int) -> _Arguments:
@@ -206,7 +204,7 @@ def _arguments(layer: Layer, product: _Product, tokens_map: TensorMap, first: in
     carry = None if sums is None else sums.data_ptr() + (first * 4 if y is None else 0)
     return _Arguments(
         tokens_map,
-        tensor_map(product.levels.data_ptr(), level_rows, inputs, _OUTPUTS // 2 // product.sharing),
+        tensor_map(product.levels.data_ptr(), level_rows, inputs, _OUTPUTS // 2),
         scales.data_ptr() + begin // product.segment * 4,
         layer.scale.data_ptr() + first * layer.scale.element_size(),
         None if y is None else y.data_ptr() + first * y.element_size(),
@@ -238,16 +236,16 @@ def linear(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
     """
     mode, device = INT16 if activations == "float" else SEGMENTS if layer.segmented else TOKEN, x.device.index
     product = _product(x, layer, mode)
-    (rows, padded), slab, sharing = product.values.shape, product.slab, product.sharing
+    (rows, padded), slab = product.values.shape, product.slab
     tokens_map = tensor_map(product.values.data_ptr(), rows, padded, _ROWS // 2)
-    kernel = _dense_kernel(device, mode, x.dtype, sharing)
+    kernel = _dense_kernel(device, mode, x.dtype)
     for first in range(0, layer.outputs, slab.outputs):
         outputs = min(slab.outputs, layer.outputs - first)
         tiles = range(first // TILE_OUTPUTS, -(-(first + outputs) // TILE_OUTPUTS))
         for begin in range(0, padded, slab.inputs):
             units = range(begin // UNIT_INPUTS, min(padded, begin + slab.inputs) // UNIT_INPUTS)
             levels(product.levels, layer.arranged, layer.bits, tiles, units, padded // UNIT_INPUTS)
-            grid = 2 * -(-outputs // _OUTPUTS), -(-rows // (_ROWS * sharing)) * sharing
+            grid = 2 * -(-outputs // _OUTPUTS), -(-rows // _ROWS)
             kernel.launch(grid, _stream(device), _arguments(layer, product, tokens_map, first, begin))
     if product.y is not None:
         return product.y
