@@ -36,7 +36,7 @@ _FUSED_BLOCK = 256
 #: Levels of a slab. The L2 keeps half as many until they are multiplied, but more launches cost what that saves; measured on an H100.
 _SLAB_BYTES = 32 << 20
 #: What `plan` weighs, in microseconds, measured on an H100: a step of all blocks, two launches; and bytes of sums moved in one.
-_STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.36, 4.0, 4e6
+_STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.48, 10.0, 4e6
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
