@@ -26,6 +26,19 @@ TITLES = {
 }
 
 
+def sources(rows: list[dict[str, str]]) -> list[str]:
+    """A line for each run that rows come from: machine, versions, commit, command, and which tokens."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        tokens = runs.setdefault(tuple(row[key] for key in ("device", "torch", "cuda", "commit", "command")), [])
+        if row["tokens"] not in tokens:
+            tokens.append(row["tokens"])
+    return [
+        f"Tokens {', '.join(tokens)}: {device}, torch {torch}, CUDA {cuda}, commit {commit}: `{command}`."
+        for (device, torch, cuda, commit, command), tokens in runs.items()
+    ]
+
+
 def tables() -> str:
     """One table of times and one of energy."""
     with RESULTS.open(newline="") as file:
@@ -39,8 +52,7 @@ def tables() -> str:
     energy = {row["name"]: row["mj"] for row in rows if row["mj"]}
     lines += ["", "Energy of one product, 8192 x 28672, one token, in mJ: "]
     lines[-1] += ", ".join(f"{title.strip('*')} {float(energy[name]):.0f}" for name, title in TITLES.items() if name in energy) + "."
-    first = rows[0]
-    lines += ["", f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, commit {first['commit']}: `{first['command']}`."]
+    lines += ["", *sources(rows)]
     return "\n".join(lines) + "\n"
 
 
