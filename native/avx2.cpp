@@ -78,7 +78,7 @@ const KernelTable kAvx2Kernels = {
     "avx2", 0, kFusedRows,
     {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>},
     {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
-    {nullptr, segmented_levels<6>, segmented_levels<7>, segmented_levels<8>},
+    {nullptr, row_by_row<6, segmented_levels<6>>, row_by_row<7, segmented_levels<7>>, row_by_row<8, segmented_levels<8>>},
     nullptr,
     decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

@@ -218,6 +218,12 @@ template <class Decoder, class Dot>
     }
 }
 
+// A SegmentProduct from a function for one row of tiles.
+template <int bits, auto row_product>
+void row_by_row(const TileRows& rows, const SegmentedRow& x, float* y) {
+    for (int64_t row = 0; row < rows.count; row++) row_product(rows.packed + row * rows.tiles * tile_bytes(bits), rows.tiles, x, y + row * kTileOutputs);
+}
+
 // Operands says how decoded weights and four activations become the operands of Dot.
 template <class Operands, class Dot>
 [[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {

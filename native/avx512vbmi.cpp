@@ -125,27 +125,43 @@ template <class Decoder>
 }
 
 // Short segments would spend their time on storing sums and fetching them again, so everything stays in registers from the first to the last.
-template <class Decoder>
-[[gnu::flatten]] void segment_product(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+// Two rows of tiles side by side are two streams from memory, which fetch more than one does.
+template <class Decoder, int rows>
+[[gnu::flatten]] void side_by_side(const TileRows& w, const SegmentedRow& x, float* y) {
+    constexpr int bytes = tile_bytes(Decoder::bits);
     const Decoder decoder;
-    __m512 total[kSteps];
-    repeat<kSteps>([&](auto step) { total[step] = _mm512_setzero_ps(); });
+    __m512 total[rows][kSteps];
+    repeat<rows, kSteps>([&](auto row, auto step) { total[row][step] = _mm512_setzero_ps(); });
     const int8_t* input = x.data;
-    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
-        const int64_t last = first + x.segment_tiles < tiles ? first + x.segment_tiles : tiles;
+    const uint8_t* at = w.packed;
+    const int64_t stride = w.tiles * bytes;
+    for (int64_t segment = 0, first = 0; first < w.tiles; segment++, first += x.segment_tiles) {
+        const int64_t last = first + x.segment_tiles < w.tiles ? first + x.segment_tiles : w.tiles;
         const __m512i bias = _mm512_set1_epi32(-kBias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
-        __m512i sum[kSteps];
-        repeat<kSteps>([&](auto step) { sum[step] = bias; });
-        for (int64_t t = first; t < last; t++, packed += tile_bytes(Decoder::bits), input += kTileInputs) {
-            prefetch_tile(packed);
-            const Tile<Decoder::bits> tile(packed);
+        __m512i sum[rows][kSteps];
+        repeat<rows, kSteps>([&](auto row, auto step) { sum[row][step] = bias; });
+        for (int64_t t = first; t < last; t++, at += bytes, input += kTileInputs) {
             const __m512i four = broadcast_four(input);
-            repeat<kSteps>([&](auto step) { sum[step] = _mm512_dpbusd_epi32(sum[step], decoder.decode(tile, step), four); });
+            repeat<rows>([&](auto row) {
+                prefetch_tile_twice(at + row * stride);
+                const Tile<Decoder::bits> tile(at + row * stride);
+                repeat<kSteps>([&](auto step) { sum[row][step] = _mm512_dpbusd_epi32(sum[row][step], decoder.decode(tile, step), four); });
+            });
         }
         const __m512 scale = _mm512_set1_ps(x.scales[segment]);
-        repeat<kSteps>([&](auto step) { total[step] = _mm512_add_ps(total[step], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[step]))); });
+        repeat<rows, kSteps>([&](auto row, auto step) {
+            total[row][step] = _mm512_add_ps(total[row][step], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[row][step])));
+        });
     }
-    repeat<kSteps>([&](auto step) { _mm512_storeu_ps(y + 16 * step, total[step]); });
+    repeat<rows, kSteps>([&](auto row, auto step) { _mm512_storeu_ps(y + row * kTileOutputs + 16 * step, total[row][step]); });
+}
+
+template <class Decoder>
+void segment_product(const TileRows& w, const SegmentedRow& x, float* y) {
+    TileRows rest = w;
+    for (; rest.count > 1; rest.count -= 2, rest.packed += 2 * rest.tiles * tile_bytes(Decoder::bits), y += 2 * kTileOutputs)
+        side_by_side<Decoder, 2>(rest, x, y);
+    if (rest.count == 1) side_by_side<Decoder, 1>(rest, x, y);
 }
 
 [[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {

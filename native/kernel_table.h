@@ -31,8 +31,11 @@ using DecodeTiles = void (*)(const uint8_t* packed, int64_t tiles, uint8_t* deco
 // sums [x.count][64] += decoded tiles @ x.
 using PackedProduct = void (*)(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums);
 
-// y[64] = from 0, per segment in order: y + scale * float32(decoded tiles @ x), the level_bias taken off.
-using SegmentProduct = void (*)(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y);
+// Neighbouring rows of tiles; packed rows follow each other.
+struct TileRows { const uint8_t* packed; int64_t count, tiles; };
+
+// y[rows.count * 64] = from 0, per segment in order: y + scale * float32(decoded tiles @ x), the level_bias taken off.
+using SegmentProduct = void (*)(const TileRows& rows, const SegmentedRow& x, float* y);
 
 // Decoded tiles of one segment and some tokens: sums and scales lie `step` segments apart from token to token.
 struct SegmentedRows { Rows x; const int32_t* sums; const float* scales; int64_t step; };

@@ -189,7 +189,7 @@ void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_a
     if (at_once != nullptr && x.tokens == 1 && x.segment % kTileInputs == 0) {
         const SegmentedRow row{x.values, x.segment / kTileInputs, segments.sums(0, 0), x.scales};
         return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
-            for (int64_t r = first; r < last; r++) at_once(w.tile(r, 0), w.columns, row, y + r * kTileOutputs);
+            at_once({w.tile(first, 0), last - first, w.columns}, row, y + first * kTileOutputs);
         });
     }
     if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)

@@ -49,6 +49,15 @@ inline void prefetch_tile(const uint8_t* tile) {
     prefetch_ahead(tile + line);
 }
 
+// The same in two steps: far ahead into an outer cache, and nearer into the first one.
+inline void prefetch_tile_twice(const uint8_t* tile) {
+    constexpr int line = 64, near = 1024, far = 4096;
+    for (int part = 0; part < 2; part++) {
+        __builtin_prefetch(tile + part * line + near);
+        __builtin_prefetch(tile + part * line + far, 0, 2);
+    }
+}
+
 inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, sizeof bits); return bits; }
 inline float float_of(int32_t bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
 
