@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from septet.kernels import select_backend  # noqa: E402
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 from septet.quantize.factorization import Factor, factorize  # noqa: E402
 from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
-from septet.quantize.statistics import output_rows  # noqa: E402
+from septet.quantize.statistics import corrected, input_metric, output_rows  # noqa: E402
 from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
 
 NAMES = ["block.q", "block.k"]
@@ -91,12 +92,56 @@ def test_feedback_with_the_same_factors_gives_the_same_bytes() -> None:
         assert np.array_equal(levels.numpy(), wanted_levels)
 
 
-def test_factors_are_those_of_the_processor_up_to_rounding() -> None:
-    hessian = correlated(70, 7)
+@pytest.fixture(params=[1024, 64], ids=["one panel", "panels"])
+def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_algebra, "_PANEL", request.param)
+    monkeypatch.setattr(linear_algebra, "_SLAB", 20 * request.param)
+
+
+def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
+    """And the Hessian is still there afterwards."""
+    hessian, tiles = correlated(170, 7), np.arange(170) // 4
     known = factorize(hessian)
-    made = linear_algebra.input_metric(GroupStatistics(hessian), torch.ones(70), 1)
-    assert made.factor.shift == known.shift
-    assert np.abs(made.factor.coefficients.numpy() - known.coefficients).max() <= 2.0 ** (known.shift - 30)
+    metric = linear_algebra.input_metric(GroupStatistics(hessian), torch.ones(170), 1)
+    made = metric.known.factor(4)
+    assert made.shift == known.shift
+    below = np.where(tiles[:, None] > tiles, made.coefficients.numpy(), 0)
+    assert np.abs(below - known.coefficients).max() <= 2.0 ** (known.shift - 30)
+    damped = hessian * len(hessian) / hessian.trace() + known.damping * np.eye(170)
+    assert np.allclose(metric.known.hessian().numpy(), damped, rtol=1e-12, atol=0)
+
+
+def test_targets_for_moved_inputs_are_those_of_the_processor(panel: None) -> None:
+    statistics, scale = known_of(160, [64]), np.linspace(-1, 2, 160, dtype=np.float32) + 0.01
+    rows = np.random.default_rng(2).standard_normal((9, 160)).astype(np.float32)
+    made = linear_algebra.input_metric(statistics, torch.from_numpy(scale), 32).corrected(torch.from_numpy(rows))
+    expected = corrected(rows, input_metric(statistics, scale, 32))
+    assert np.abs(expected - rows).max() > 0.1
+    assert np.allclose(made.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_hessian_that_needs_more_damping_is_whole_at_the_second_attempt(panel: None) -> None:
+    hessian = torch.from_numpy(correlated(130, 3))
+    hessian[100, 7] = hessian[7, 100] = 1.02 * (hessian[7, 7] * hessian[100, 100]).sqrt() + 0.02 * hessian.trace() / 130
+    whole = hessian / (hessian.trace() / 130)
+    assert torch.linalg.eigvalsh(whole)[0] < -0.0005
+    made = linear_algebra.decompose(hessian.clone(), (0.0005, 5.0))
+    root = made.matrix.tril()
+    assert torch.allclose(root @ root.T, whole + 5 * torch.eye(130), atol=1e-12)
+    assert linear_algebra.decompose(hessian.clone(), (0.0005,)) is None
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_more_devices_change_no_byte(knows: bool) -> None:
+    """Processors stand in for GPUs."""
+    inputs, outputs = 132, [2048, 1024, 192]
+    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs) if knows else None
+    names = [*NAMES, "block.v"]
+    expected = quantize_gpu.quantize_trellis(weights, names, settings(), known)
+    for helpers in (("cpu:0",), ("cpu:0", "cpu:1", "cpu:2", "cpu:3", "cpu:4")):
+        made = quantize_gpu.quantize_trellis(weights, names, replace(settings(), helpers=helpers), known)
+        for one, other in zip(made, expected):
+            assert_same(one, other)
 
 
 def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupStatistics) -> float:
@@ -201,7 +246,7 @@ def test_a_checkpoint_comes_out_as_on_the_processor(
     from septet.checkpoint import QuantizeOptions
     from septet.cli.quantize import quantize_with_bar
 
-    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda: encoder)
+    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda device: encoder)
     options = QuantizeOptions(effort=effort, calibration="self" if effort else "none", calibration_tokens=600 if effort else 0)
     for out, device in (("here", "cpu"), ("there", "cpu:0")):
         assert quantize_with_bar(str(tiny_model_dir), tmp_path / out, options, calibration="self", device=device)

@@ -99,11 +99,18 @@ class Chain:
             self.windows = list(windows.split(together))
             self.hidden = [torch.stack(self.hidden[start : start + together]) for start in range(0, len(windows), together)]
 
-    def block_output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block makes of one item of `hidden`: the same shape, where the model runs; `hidden` may be anywhere."""
-        arguments = self.arguments[index]
-        there = hidden.reshape(-1, *hidden.shape[-2:]).to(self._machine.device)
-        return hidden_of(self._blocks[index](there, *arguments.positional, **arguments.named)).reshape(hidden.shape)
+    def block_output(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
+        """What a block makes of one item of `hidden`: the same shape, where the block is; `hidden` may be anywhere.
+
+        Args:
+            index: of the block.
+            hidden: before it.
+            block: a copy of the block, perhaps on another GPU; None: the model's own.
+        """
+        device = self._machine.device if block is None else next(block.parameters()).device
+        arguments, block = self.arguments[index], self._blocks[index] if block is None else block
+        there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
+        return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
 
     @contextmanager
     def recorders(self) -> Iterator[None]:
@@ -196,6 +203,15 @@ class _Recorder(nn.Module):
     def forward(self, *positional: Any, **named: Any) -> Any:
         """Note the call."""
         return self.__dict__["local"].calls.note(positional, named)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Tensors on a device, and tuples, lists and dicts of them; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(one, device) for key, one in value.items()}
+    return type(value)(_moved(one, device) for one in value) if type(value) in (tuple, list) else value
 
 
 def same_arguments(first: object, second: object) -> bool:

@@ -11,10 +11,7 @@ Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); mo
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,10 +19,10 @@ from torch import nn
 
 from septet import quantize_gpu
 from septet.calibration.blocks import Chain, find_blocks
-from septet.calibration.remembered import Remembered
+from septet.calibration.passes import Passes
 from septet.calibration.sensitivity import Sensitivity
 from septet.calibration.sums import InputSum
-from septet.calibration.workers import Machine, map_windows
+from septet.calibration.workers import Machine
 from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize
@@ -33,9 +30,12 @@ from septet.quantize.scales import sum_all
 
 __all__ = ["Calibrator"]
 
-_Looked = TypeVar("_Looked")
+#: Of a window: the sum of (x_original - x) transpose(x), float32 [K, K]; on a GPU its factors; None if x_original is not known.
+_Moved = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]] | None
 #: How much of the inputs' Hessian counts tokens by what depends on them (docs/log.md).
 _WEIGHED_SHARE = 0.3
+#: Large matrices are mixed about so many numbers at a time.
+_SLAB = 1 << 24
 
 
 class Calibrator:
@@ -75,10 +75,8 @@ class Calibrator:
         #: Inputs of the current block's layers in the unquantized model, by key, one tensor per window.
         self._original_inputs: dict[str, list[torch.Tensor]] = {}
         self._current = -1
-        #: Of the current block: what its finished parts gave, and the names within it of all its layers and of those taken over.
-        self._remembered: Remembered | None = None
-        self._members: set[str] = set()
-        self._taken: set[str] = set()
+        #: Over the current block.
+        self._passes: Passes | None = None
 
     def statistics(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
         """What is known of a fused group, after all earlier layers have been taken over.
@@ -106,12 +104,7 @@ class Calibrator:
         inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
-        weighed = torch.from_numpy(known[0]).to(self._machine.device).double() if self._machine.is_gpu else known[0].astype(np.float64)
-        trace, other = _trace(inputs), _trace(weighed)
-        if 0 < other < np.inf:
-            inputs *= 1 - _WEIGHED_SHARE
-            weighed *= _WEIGHED_SHARE * trace / other
-            inputs += weighed
+        _weigh(inputs, known[0])
         if drift is not None:
             drift /= total.tokens
         return GroupStatistics(inputs, drift, known[1])
@@ -139,9 +132,11 @@ class Calibrator:
             weight = quantize_gpu.dequantize(quantized, self._machine.device)
         else:
             weight = torch.from_numpy(dequantize(quantized)).to(self._machine.device)
-        module = self._model.get_submodule(layer.name)
-        module.weight = nn.Parameter(weight.T.contiguous() if layer.kind == "conv1d" else weight, requires_grad=False)
-        self._taken.add(self._name_within(layer))
+        weight = weight.T.contiguous() if layer.kind == "conv1d" else weight
+        if index is None:
+            self._model.get_submodule(layer.name).weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self._passes.take_over(self._name_within(layer), weight)
 
     def _block_of(self, layer: LayerPlan) -> int | None:
         """The number of the block that a layer is in, or None."""
@@ -160,116 +155,82 @@ class Calibrator:
             self._hidden = self._chain.hidden
             self._original = self._hidden
         else:
-            parts = self._watch(self._hidden, {}, lambda number, inputs: None, stop=False)
+            parts = self._passes.run(self._hidden, {}, lambda number, inputs: None, stop=False)
             self._hidden = [moved for part in parts for _, moved in part]
             self._blocks[self._current].to("meta")
         self._current += 1
-        self._blocks[self._current].to(self._machine.device, torch.float32)
+        block = self._blocks[self._current].to(self._machine.device).float()
         members = [layer for layer in self._layers if self._block_of(layer) == self._current]
-        self._remembered, self._members, self._taken = Remembered(self._blocks[self._current]), set(map(self._name_within, members)), set()
+        self._passes = Passes(self._chain, self._current, block, list(map(self._name_within, members)), self._machine)
         if self._sensitivity is not None:
             self._original_inputs, moved = {}, []
-            for results in self._watch(self._original, self._watched(members), lambda number, inputs: inputs, stop=False):
+            for results in self._passes.run(self._original, self._watched(members), lambda number, inputs: inputs, stop=False):
                 moved += [output for _, output in results]
                 for inputs, _ in results:
                     for key, rows in inputs.items():
                         self._original_inputs.setdefault(key, []).append(rows)
             self._original = moved
 
-    def _watched(self, layers: Sequence[LayerPlan]) -> dict[str, nn.Module]:
-        """One module for each input that the layers read, by key.
+    def _watched(self, layers: Sequence[LayerPlan]) -> dict[str, str]:
+        """One module for each input that the layers read, by key: its name within the block.
 
         Neighbours of one parent read the same input; experts are several parents in one group, each with tokens of its own.
         """
-        watched: dict[str, nn.Module] = {}
+        watched: dict[str, str] = {}
         for layer in layers:
-            watched.setdefault(f"{layer.name.rpartition('.')[0]}|{layer.group}", self._model.get_submodule(layer.name))
+            watched.setdefault(f"{layer.name.rpartition('.')[0]}|{layer.group}", self._name_within(layer))
         return watched
 
     def _collect(self, layers: Sequence[LayerPlan]) -> tuple[InputSum, np.ndarray | torch.Tensor | None]:
         """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known."""
         size, watched = layers[0].shape[1], self._watched(layers)
         total = InputSum(size, self._machine.device)
-        drift = torch.zeros((size, size), dtype=torch.float64, device=self._machine.device) if self._sensitivity is not None else None
-        for results in self._watch(self._hidden, watched, self._with_drift, stop=True):
+        # On a GPU memory counts, and a quarter of the drift is made up for at most.
+        dtype, drift = (torch.float32 if self._machine.is_gpu else torch.float64), None
+        if self._sensitivity is not None:
+            drift = torch.zeros((size, size), dtype=dtype, device=self._machine.device)
+        for results in self._passes.run(self._hidden, watched, self._with_drift, stop=True):
             for key in watched:
-                rows = [inputs[key] for (inputs, _), _ in results if key in inputs]
+                rows = [inputs[key].to(self._machine.device) for (inputs, _), _ in results if key in inputs]
                 if rows:
                     total.add(torch.cat(rows))
             for (_, moved), _ in results:
-                drift = None if drift is None or moved is None else drift.add_(moved)
+                if drift is None or moved is None:
+                    drift = None
+                elif isinstance(moved, torch.Tensor):
+                    drift += moved
+                else:
+                    for difference, rows in moved:
+                        drift.addmm_(difference.to(drift.device).T, rows.to(drift.device))
         for key in watched:
             self._original_inputs.pop(key, None)
         return total, drift if drift is None or self._machine.is_gpu else drift.numpy()
 
-    def _with_drift(self, number: int, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The inputs that a window gives, and the sum of (x_original - x) transpose(x), float32 [K, K]; None if that is not known."""
-        drift = None
+    def _with_drift(self, number: int, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Moved]:
+        """The inputs that a window gives, and what `_Moved` says."""
+        pairs = []
         for key, rows in inputs.items():
             originals = self._original_inputs.get(key, [])
             # Experts may get other tokens in the unquantized model; there is nothing to compare then.
             if len(originals) != len(self._hidden) or originals[number].shape != rows.shape:
                 return inputs, None
-            moved = (originals[number] - rows).T @ rows
-            drift = moved if drift is None else drift + moved
-        return inputs, drift
-
-    def _watch(
-        self,
-        hidden: list[torch.Tensor],
-        watched: dict[str, nn.Module],
-        look: Callable[[int, dict[str, torch.Tensor]], _Looked],
-        stop: bool,
-    ) -> Iterator[list[tuple[_Looked, torch.Tensor | None]]]:
-        """Run the current block over windows.
-
-        Args:
-            hidden: before the block.
-            watched: modules whose inputs are wanted.
-            look: called in the window's own thread with its number and the inputs by key, float32 [tokens, K].
-            stop: stop as soon as all of them have been seen.
-
-        Yields:
-            For a few windows at a time, what `look` returns and the hidden state behind the block, or None.
-        """
-        seen = threading.local()
-        hooks = [module.register_forward_pre_hook(_Watcher(key, seen, len(watched) if stop else 0)) for key, module in watched.items()]
-
-        def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
-            seen.inputs, output = {}, None
-            self._remembered.window(item[0])
-            with suppress(_SeenAll):
-                output = self._chain.block_output(self._current, item[1]).to("cpu")
-            return look(item[0], seen.inputs), output
-
-        # A GPU computes faster than it could compare, and its memory is needed.
-        done = set() if self._machine.is_gpu else self._taken
-        try:
-            with self._remembered.reusing(self._members, done, last=not watched):
-                yield from map_windows(work, list(enumerate(hidden)), self._machine)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            pairs.append((originals[number] - rows, rows))
+        if self._machine.is_gpu:
+            return inputs, pairs
+        return inputs, sum((difference.T @ rows for difference, rows in pairs[1:]), pairs[0][0].T @ pairs[0][1]) if pairs else None
 
 
-def _trace(matrix: np.ndarray | torch.Tensor) -> float:
-    """The sum of the diagonal; of an array in index order."""
-    return sum_all(np.ascontiguousarray(matrix.diagonal())) if isinstance(matrix, np.ndarray) else float(matrix.trace())
-
-
-class _SeenAll(Exception):
-    """All inputs that were wanted have been seen; the rest of the block need not run."""
-
-
-class _Watcher:
-    """A hook that keeps a module's input, float32 [tokens, K], under its key in the thread's own store."""
-
-    def __init__(self, key: str, seen: threading.local, enough: int) -> None:
-        self._key, self._seen, self._enough = key, seen, enough
-
-    def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        rows = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-        earlier = self._seen.inputs.get(self._key)
-        self._seen.inputs[self._key] = rows.clone() if earlier is None else torch.cat([earlier, rows])
-        if len(self._seen.inputs) == self._enough:
-            raise _SeenAll
+def _weigh(inputs: np.ndarray | torch.Tensor, weighed: np.ndarray) -> None:
+    """Mix inputs, float64 [K, K], with those weighed by what depends on them, float32 [K, K] of any magnitude, in place."""
+    on_gpu = isinstance(inputs, torch.Tensor)
+    other = sum_all(weighed.diagonal().astype(np.float64))
+    if not 0 < other < np.inf:
+        return
+    trace = float(inputs.trace()) if on_gpu else sum_all(np.ascontiguousarray(inputs.diagonal()))
+    inputs *= 1 - _WEIGHED_SHARE
+    step = max(1, _SLAB // len(inputs))
+    for start in range(0, len(inputs), step):
+        slab = weighed[start : start + step]
+        wide = torch.from_numpy(slab).to(inputs.device).double() if on_gpu else slab.astype(np.float64)
+        wide *= _WEIGHED_SHARE * trace / other
+        inputs[start : start + step] += wide

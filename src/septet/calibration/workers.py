@@ -2,7 +2,8 @@
 
 On the processor a product spread over several threads may add in another order than on one. So every window is computed by a single
 thread, and results come back in order. A GPU gets one window after the other: it is one queue of work anyway, and so its results do not
-depend on anything else either. Models stay in the host's memory; `at_work` brings a part of one to where it is computed.
+depend on anything else either. Several GPUs get one window each at a time. Models stay in the host's memory; `at_work` brings a part of
+one to where it is computed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.quantize.threads import default_threads
+from septet.quantize_gpu.devices import on_devices
 
 __all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "map_windows"]
 
@@ -34,10 +36,17 @@ class Machine:
     Args:
         threads: of the processor; 0 is the default number. Results do not depend on it.
         device: "cpu", "cuda", "cuda:1", ... Results do depend on it, in the last bits.
+        helpers: more GPUs of the same kind, for work that can be shared. Results do not depend on them.
     """
 
     threads: int = 0
     device: str = "cpu"
+    helpers: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where, helpers last."""
+        return self.device, *self.helpers
 
     @property
     def is_gpu(self) -> bool:
@@ -46,7 +55,7 @@ class Machine:
 
 
 def map_windows(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], machine: Machine, gradients: bool = False
+    work: Callable[[_Item], _Result], items: Sequence[_Item], machine: Machine, gradients: bool = False, shared: bool = False
 ) -> Iterator[list[_Result]]:
     """Apply `work` to all items.
 
@@ -55,9 +64,10 @@ def map_windows(
         items: one per window, or for a GPU one per few windows.
         machine: where.
         gradients: let torch record what it needs for a backward pass.
+        shared: item i is for GPU i modulo their number, each in a thread of its own; otherwise one GPU does all.
 
     Yields:
-        The results of `WINDOWS_AT_ONCE` items at a time, in order; on a GPU of one item.
+        The results of `WINDOWS_AT_ONCE` items at a time, in order; of one item for each GPU at work.
     """
 
     def quietly(item: _Item) -> _Result:
@@ -65,10 +75,11 @@ def map_windows(
             return work(item)
 
     if machine.is_gpu:
+        devices = machine.devices if shared else machine.devices[:1]
         # The fast backward passes of attention add in any order.
         with sdpa_kernel(SDPBackend.MATH) if gradients else ExitStack():
-            for item in items:
-                yield [quietly(item)]
+            for start in range(0, len(items), len(devices)):
+                yield on_devices([(device, quietly, item) for device, item in zip(devices, items[start : start + len(devices)])])
         return
     with ThreadPoolExecutor(min(machine.threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
         for start in range(0, len(items), WINDOWS_AT_ONCE):

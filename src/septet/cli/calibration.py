@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from septet.cli.device import machine_of
 from septet.cli.eval import read_text
 
 if TYPE_CHECKING:
@@ -49,17 +50,17 @@ def calibrate_with(
         options: of the run.
         threads: 0 is the default number; the result does not depend on it.
         show: called while the model writes and is measured.
-        device: "cpu", "cuda" or "cuda:N"; where the model runs.
+        device: as `check_device` accepts it; where the model runs.
     """
 
     def calibrate(directory: ModelDirectory, layers: list[LayerPlan], folder: Path) -> Calibrator:
         import torch
 
         from septet import loading
-        from septet.calibration import Calibrator, Machine
+        from septet.calibration import Calibrator
         from septet.calibration.sensitivity import load_array, save_array
 
-        model, machine = loading.load_model(directory.path), Machine(threads, device)
+        model, machine = loading.load_model(directory.path), machine_of(threads, device)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
         shape = -(-options.tokens // context), context
         kept = folder / "windows.npy"

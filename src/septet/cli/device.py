@@ -11,38 +11,61 @@ from typing import TYPE_CHECKING, Any
 from septet.errors import OptionError
 
 if TYPE_CHECKING:
+    from septet.calibration import Machine
     from septet.checkpoint import QuantizeOptions
     from septet.checkpoint.jobs import Quantizer
     from septet.model import LayerPlan
     from septet.quantize import GroupStatistics, QuantizedTensor
     from septet.quantize.tensor import RowSource
 
-__all__ = ["check_device", "in_host_memory", "quantizer_on"]
+__all__ = ["check_device", "devices_of", "in_host_memory", "machine_of", "quantizer_on"]
+
+
+def devices_of(device: str) -> tuple[str, ...]:
+    """The devices that a list with commas names; the first one leads."""
+    return tuple(device.split(","))
+
+
+def machine_of(threads: int, device: str) -> Machine:
+    """Where a model runs.
+
+    Args:
+        threads: of the processor; 0 is the default number.
+        device: as `check_device` accepts it.
+    """
+    from septet.calibration import Machine
+
+    first, *helpers = devices_of(device)
+    return Machine(threads, first, tuple(helpers))
 
 
 def check_device(device: str) -> None:
-    """Raise unless there is such a device.
+    """Raise unless there is such a device, or are such GPUs.
 
     Args:
-        device: "cpu", "cuda", "cuda:0", "cuda:1", ...
+        device: "cpu", "cuda", "cuda:0", "cuda:1", ...; several GPUs with commas between them.
 
     Raises:
-        OptionError: another name, torch cannot use that GPU, or Triton is missing.
+        OptionError: another name, a GPU twice, torch cannot use a GPU, or Triton is missing.
     """
     if device == "cpu":
         return
-    named = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if named is None:
-        raise OptionError("device must be cpu, cuda or cuda:N", device, "correct the option")
+    names = devices_of(device)
+    numbers = [re.fullmatch(r"cuda(?::(\d+))?", name) for name in names]
+    if None in numbers:
+        raise OptionError("device must be cpu, cuda or cuda:N", device, "correct the option; several GPUs: cuda:0,cuda:1")
+    wanted = [int(number[1] or 0) for number in numbers]
+    if len({*wanted}) < len(wanted):
+        raise OptionError("every GPU of a list must come once", device, "correct the option")
     try:
         import torch
     except ImportError as error:
         raise OptionError(f"device {device} must have torch", "no torch here", "pip install 'septet[hf]', or use --device cpu") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(named[1] or 0) >= count:
+    if max(wanted) >= count:
         hint = "install a torch that is built for CUDA beside a working driver, or use --device cpu"
-        wanted = f"device {device} must be a GPU that torch can use"
-        raise OptionError(wanted, f"{count} of them with torch {torch.__version__}", hint)
+        requirement = f"device {device} must be a GPU that torch can use"
+        raise OptionError(requirement, f"{count} of them with torch {torch.__version__}", hint)
     if find_spec("triton") is None:
         raise OptionError(f"device {device} must have Triton", "no such package", "pip install triton, or use --device cpu")
 
@@ -67,7 +90,8 @@ def quantizer_on(device: str) -> Quantizer | None:
     ) -> list[QuantizedTensor]:
         if layers[0].code != "trellis":
             return quantize_group(layers, matrices, options, threads, None if statistics is None else in_host_memory(statistics))
-        settings = quantize_gpu.Settings(layers[0].bits_per_pair, options.rotation_block, options.seed, device)
+        first, *helpers = devices_of(device)
+        settings = quantize_gpu.Settings(layers[0].bits_per_pair, options.rotation_block, options.seed, first, helpers=tuple(helpers))
         return quantize_gpu.quantize_trellis(list(matrices), [layer.name for layer in layers], settings, statistics)
 
     return quantize

@@ -55,7 +55,7 @@ def quantize(
         str | None, typer.Option(help="A text file; self: text that the model writes; none: effort 0.", show_default="self")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="About how many; 0: the effort's own number.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N: where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N: where to compute; several GPUs: cuda:0,cuda:1.")] = "cpu",
     head: Annotated[Head, typer.Option(help="The output head and an embedding tied to it.")] = Head.int8,
     activations: Annotated[Activations, typer.Option(help="What the model will do with activations by default.")] = Activations.int8,
     seed: Annotated[int, typer.Option(help="Seed of the random signs.")] = 0,
@@ -161,7 +161,7 @@ def quantize_with_bar(
         resume: go on with an interrupted run.
         threads: 0 is the default number.
         calibration: a text file, "self" or "none"; the options name it too.
-        device: "cpu", "cuda" or "cuda:N".
+        device: as `check_device` accepts it.
 
     Returns:
         False when there was nothing left to do.

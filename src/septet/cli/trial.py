@@ -24,13 +24,13 @@ def divergence_on_own_text(source: str, candidate: Path, seed: int, threads: int
         nats per token, over the second halves of a few windows, float32 and float activations.
     """
     from septet import loading
-    from septet.calibration import Machine
     from septet.cli.calibration import write_windows
+    from septet.cli.device import machine_of
     from septet.evaluation.scoring import score_models
     from septet.evaluation.windows import Windows
 
     original = loading.load_model(loading.resolve_source(source), "float32")
     context = min(_CONTEXT, getattr(original.config, "max_position_embeddings", None) or _CONTEXT)
-    tokens = write_windows(original, (_WINDOWS, context), seed, Machine(threads, device), lambda event: None)
+    tokens = write_windows(original, (_WINDOWS, context), seed, machine_of(threads, device), lambda event: None)
     model = loading.load_model(candidate, "float32", "float")
     return score_models(model, Windows(tokens, context // 2, False), original, None)["kld_mean"]

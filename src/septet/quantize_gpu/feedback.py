@@ -6,6 +6,9 @@ rows meet before they begin and after they have ended, are encoded too, as zeros
 
 Feedback along the inputs comes in two parts: of columns encoded before the last `BATCH_STEPS` steps began, one product for all rows of
 the same delay; and of those since, a small product per step. All sums are exact, as on the processor, so the bytes are the same.
+
+The steps of a batch are the same operations every time, so a GPU gets them as one CUDA graph: sending them one by one takes longer than
+computing them, and threads that send to several GPUs would wait for each other.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from septet.codes import trellis
 from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS, WEIGHTS_PER_TILE
 from septet.quantize.factorization import ERROR_BITS
 from septet.quantize.feedback import ERROR_SHIFT
+from septet.quantize_gpu.graphs import Repeated
 from septet.quantize_gpu.linear_algebra import Factor
 from septet.quantize_gpu.rotation import pack, window_levels
 
@@ -71,8 +75,10 @@ def encode_sheets(sheets: Sequence[Sheet], factor: Factor, bits: int, encoder: E
         For each sheet what `encode_plainly` returns.
     """
     work = _Work(sheets, factor, bits, encoder)
+    run_batch = Repeated(work.run_batch, sheets[0].rotated.device)
     for start in range(0, work.steps, BATCH_STEPS):
-        work.run_batch(start, min(BATCH_STEPS, work.steps - start))
+        work.begin_batch(start)
+        run_batch()
     return work.results()
 
 
@@ -137,7 +143,7 @@ class _Work:
             _Family(members, start, [sheets[member].outputs for member in members], rows, device) for rows, start, members in self._families
         ]
         self._counts, tiles, most = counts, len(delays), max(delays)
-        self._columns = -(-inputs // TILE_INPUTS)
+        self._inputs, self._columns = inputs, -(-inputs // TILE_INPUTS)
         self.steps = self._columns + most
         #: Columns before the first one: rows run past it by their delays, batches by their length.
         self._left = BATCH_STEPS + most
@@ -147,8 +153,13 @@ class _Work:
         self._number = torch.arange(tiles, device=device)
         self._per_input = 0.5 ** (factor.shift + ERROR_SHIFT)
         start = self._left * TILE_INPUTS
-        self._coefficients = torch.zeros((across * TILE_INPUTS, across * TILE_INPUTS), dtype=torch.float64, device=device)
-        self._coefficients[start : start + inputs, start : start + inputs] = factor.coefficients
+        self._coefficients, width = factor.coefficients, BATCH_STEPS * TILE_INPUTS
+        self._square = torch.empty((width, width), dtype=torch.float64, device=device)
+        #: Of the current batch: the column of rows without a delay, the feedback of earlier batches, coefficients inside, and errors.
+        self._now = torch.zeros((), dtype=torch.int64, device=device)
+        self._before = torch.zeros((tiles, TILE_OUTPUTS, width), dtype=torch.float64, device=device)
+        self._local = torch.zeros((tiles, width, width), dtype=torch.float64, device=device)
+        self._recent = torch.zeros_like(self._before)
         shape = (tiles, across, TILE_OUTPUTS, TILE_INPUTS)
         self._weights = torch.zeros(shape, device=device)
         self._levels = torch.zeros(shape, dtype=torch.int8, device=device)
@@ -163,35 +174,41 @@ class _Work:
             self._weights[part, self._left : self._left + self._columns] = _tiles(_in_quarter_levels(sheet.rotated, bits))
             self._real_rows[part].view(-1)[: len(sheet.rotated)] = 1
 
-    def run_batch(self, start: int, steps: int) -> None:
-        """Encode at the steps from `start` on."""
-        before, local = self._products(start)
-        recent = torch.zeros_like(before)
-        for number in range(steps):
-            inside = slice(number * TILE_INPUTS, (number + 1) * TILE_INPUTS)
-            sums = torch.bmm(recent, local[:, :, inside])
-            sums += before[:, :, inside]
-            sums *= self._per_input
-            recent[:, :, inside] = self._step(self._left + self._columns - 1 - start - number + self._delays, sums)
-
-    def _products(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a batch: feedback of all columns encoded before it, float64 [T, 64, B*4]; and coefficients inside it, [T, B*4, B*4].
+    def begin_batch(self, start: int) -> None:
+        """Make ready for the steps from `start` on: feedback of all columns encoded before them, and coefficients inside the batch.
 
         Columns of tiles are in the order of steps.
         """
-        tiles, width = len(self._number), BATCH_STEPS * TILE_INPUTS
-        before = torch.zeros((tiles, TILE_OUTPUTS, width), dtype=torch.float64, device=self._weights.device)
-        local = torch.empty((tiles, width, width), dtype=torch.float64, device=self._weights.device)
+        self._now.fill_(self._left + self._columns - 1 - start)
+        across = BATCH_STEPS * TILE_INPUTS
         for delay, rows in self._rows_by_delay:
-            last = self._left + self._columns - start + delay
-            batch = slice((last - BATCH_STEPS) * TILE_INPUTS, last * TILE_INPUTS)
-            if last < self._weights.shape[1]:
-                known = self._mixed[rows, last:].transpose(1, 2).reshape(len(rows) * TILE_OUTPUTS, -1).double()
-                products = known @ self._coefficients[last * TILE_INPUTS :, batch]
-                before[rows] = products.reshape(len(rows), TILE_OUTPUTS, BATCH_STEPS, TILE_INPUTS).flip(2).reshape(-1, TILE_OUTPUTS, width)
-            square = self._coefficients[batch, batch].reshape(BATCH_STEPS, TILE_INPUTS, BATCH_STEPS, TILE_INPUTS)
-            local[rows] = square.flip(0, 2).reshape(width, width)
-        return before, local
+            # In the true matrix: the batch ends before column `last`, and may begin before column 0.
+            last = self._columns - start + delay
+            first, stop = max((last - BATCH_STEPS) * TILE_INPUTS, 0), max(min(last * TILE_INPUTS, self._inputs), 0)
+            square = self._square.zero_()
+            before = torch.zeros((len(rows) * TILE_OUTPUTS, across), dtype=torch.float64, device=square.device)
+            if first < stop:
+                offset = first - (last - BATCH_STEPS) * TILE_INPUTS
+                inside = slice(offset, offset + stop - first)
+                # What the factor does not say, above the diagonal, meets errors that are still 0.
+                square[inside, inside] = self._coefficients[first:stop, first:stop]
+                if stop < self._inputs:
+                    known = self._mixed[rows, self._left + last : self._left + self._columns].transpose(1, 2)
+                    known = known.reshape(len(before), -1)[:, : self._inputs - stop].double()
+                    torch.mm(known, self._coefficients[stop:, first:stop], out=before[:, inside])
+            self._before[rows] = before.reshape(-1, TILE_OUTPUTS, BATCH_STEPS, TILE_INPUTS).flip(2).reshape(-1, TILE_OUTPUTS, across)
+            turned = square.reshape(BATCH_STEPS, TILE_INPUTS, BATCH_STEPS, TILE_INPUTS).flip(0, 2)
+            self._local[rows] = turned.reshape(across, across)
+
+    def run_batch(self) -> None:
+        """Encode at the steps of a batch; those after the last step meet padding only."""
+        self._recent.zero_()
+        for number in range(BATCH_STEPS):
+            inside = slice(number * TILE_INPUTS, (number + 1) * TILE_INPUTS)
+            sums = torch.bmm(self._recent, self._local[:, :, inside])
+            sums += self._before[:, :, inside]
+            sums *= self._per_input
+            self._recent[:, :, inside] = self._step(self._now + self._delays - number, sums)
 
     def _step(self, columns: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         """Encode one tile per row; returns its errors as inputs see them, float64 [T, 64, 4]."""

@@ -1,69 +1,157 @@
 """Hessians on a GPU: what `quantize.statistics` and `quantize.factorization` do, by the GPU's own float64 routines.
 
-The factors have the same form: coefficients are rounded to whole numbers, so the feedback that uses them is exact.
+A matrix of 28672 inputs takes 6.6 GB, so nothing here makes a second one. One matrix holds the Hessian above the squares on its diagonal
+and its factor below them; the squares are kept twice. Work goes in panels of fixed sizes. The factors have the form of the processor's:
+coefficients are rounded to whole numbers, so the feedback that uses them is exact.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
+from septet.codes.tile import TILE_OUTPUTS
 from septet.quantize import GroupStatistics
 from septet.quantize.exact import EXACT_BITS
 from septet.quantize.factorization import DAMPINGS, ERROR_BITS, MOST_COEFFICIENT_BITS
 from septet.quantize.statistics import DRIFT_SHARE, OUTPUT_DAMPINGS
 from septet.quantize_gpu.rotation import hadamard
 
-__all__ = ["Factor", "InputMetric", "input_metric", "output_factor"]
+__all__ = ["Decomposition", "Factor", "InputMetric", "decompose", "input_metric", "output_factor"]
+
+#: Rows and columns of a square; a multiple of both sides of a tile.
+_PANEL = 1024
+#: Rows are rotated, and looked through, in slabs of about so many numbers.
+_SLAB = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """`quantize.factorization.Factor` for feedback alone: L = coefficients * 2^-shift, float64 [K, K] on a device."""
+    """`quantize.factorization.Factor` for feedback alone: L = coefficients * 2^-shift, float64 [K, K] on a device.
+
+    Only what lies below the tiles of the diagonal counts.
+    """
 
     coefficients: torch.Tensor
     shift: int
 
 
 @dataclass(frozen=True, eq=False)
-class InputMetric:
-    """`quantize.statistics.InputMetric`: all None when nothing is known; matrices are float64 [K, K] on a device."""
+class Decomposition:
+    """A damped Hessian H in units of its mean diagonal, and C with H = C transpose(C), in the place of one matrix.
 
-    factor: Factor | None = None
-    hessian: torch.Tensor | None = None
-    correction: torch.Tensor | None = None
+    Args:
+        matrix: float64 [K, K]: C on and below the diagonal, in the squares 0 above it; H above the squares.
+        squares: float64, the squares of H on the diagonal, one after the other.
+        mean: the unit.
+    """
+
+    matrix: torch.Tensor
+    squares: list[torch.Tensor]
+    mean: float
+
+    def to(self, device: str) -> Decomposition:
+        """A copy, usually elsewhere."""
+        return Decomposition(self.matrix.to(device, copy=True), [square.to(device, copy=True) for square in self.squares], self.mean)
+
+    def divide(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ inverse(H), float64 [n, K], in place."""
+        panels = _panels(len(self.matrix))
+        for panel in panels:
+            root = self.matrix[panel, panel]
+            if panel.start:
+                rows[:, panel].addmm_(rows[:, : panel.start], self.matrix[panel, : panel.start].T, alpha=-1)
+            rows[:, panel] = torch.linalg.solve_triangular(root.T, rows[:, panel], upper=True, left=False)
+        for panel in reversed(panels):
+            root = self.matrix[panel, panel]
+            if panel.stop < len(self.matrix):
+                rows[:, panel].addmm_(rows[:, panel.stop :], self.matrix[panel.stop :, panel], alpha=-1)
+            rows[:, panel] = torch.linalg.solve_triangular(root, rows[:, panel], upper=False, left=False)
+        return rows
+
+    def factor(self, tile: int) -> Factor:
+        """The strictly lower block triangle of L with identity blocks on the diagonal, as whole numbers; C is used up."""
+        matrix, size = self.matrix, len(self.matrix)
+        diagonal, inverses = matrix.diagonal().clone(), self._inverse_tiles(tile)
+        number = torch.arange(size, device=matrix.device) // tile
+        sums = torch.zeros(size, dtype=torch.float64, device=matrix.device)
+        for panel in _panels(size):
+            left, width = slice(0, panel.stop), -(-panel.stop // tile)
+            part = torch.nn.functional.pad(matrix[panel, left] / diagonal[left], (0, width * tile - panel.stop))
+            tiles = part.reshape(-1, width, tile).transpose(0, 1) @ inverses[:width]
+            part = tiles.transpose(0, 1).reshape(len(part), -1)[:, left] * (number[panel, None] > number[left])
+            matrix[panel, left] = part
+            sums[left] += part.abs().sum(0)
+        shift = min(MOST_COEFFICIENT_BITS, EXACT_BITS - 2 - ERROR_BITS - math.frexp(float(sums.max()))[1])
+        for panel in _panels(size):
+            matrix[panel, : panel.stop].mul_(2.0**shift).round_()
+        return Factor(matrix, shift)
+
+    def hessian(self) -> torch.Tensor:
+        """H, float64 [K, K]; a factor is used up."""
+        _mirror(self.matrix, self.squares)
+        return self.matrix
+
+    def _inverse_tiles(self, tile: int) -> torch.Tensor:
+        """The inverses of the unit lower triangles on the diagonal, float64 [tiles, tile, tile]; padding is as the unit matrix."""
+        matrix, size = self.matrix, len(self.matrix)
+        place = torch.arange(-(-size // tile) * tile, device=matrix.device).reshape(-1, tile)
+        there, real = place.clamp(max=size - 1), place < size
+        inner = matrix[there[:, :, None], there[:, None]] / matrix.diagonal()[there][:, None]
+        unit = torch.eye(tile, dtype=torch.float64, device=matrix.device).expand_as(inner)
+        inner = torch.where(real[:, :, None] & real[:, None], inner, unit)
+        return torch.linalg.solve_triangular(inner, unit, upper=False, unitriangular=True)
+
+
+@dataclass(eq=False)
+class InputMetric:
+    """`quantize.statistics.InputMetric`: all None when nothing is known.
+
+    Args:
+        known: the Hessian of the inputs, in the coded basis.
+        drift: float32 [K, K], the drift in the coded basis, times the share of it that is made up for.
+    """
+
+    known: Decomposition | None = None
+    drift: torch.Tensor | None = None
+
+    def to(self, device: str) -> InputMetric:
+        """A copy, usually elsewhere."""
+        known = None if self.known is None else self.known.to(device)
+        return InputMetric(known, None if self.drift is None else self.drift.to(device, copy=True))
+
+    def corrected(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rotated weights, float32 [n, K], that make up for moved inputs; before `factor` uses up what it takes."""
+        if self.drift is None:
+            return rows
+        wide = rows.double()
+        moved = torch.empty_like(wide)
+        for panel in _panels(len(self.drift)):
+            moved[:, panel] = wide @ self.drift[:, panel].double()
+        return wide.add_(self.known.divide(moved)).float()
 
 
 def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, block: int) -> InputMetric:
     """Look at a group's inputs in the coded basis.
 
     Args:
-        statistics: arrays, or tensors on the device; None: nothing is known.
+        statistics: arrays, or tensors on the device, which are used up; None: nothing is known.
         input_scale: float32 [K], s_in, on the device.
         block: Hadamard block that divides K.
     """
     if statistics is None:
         return InputMetric()
-    device = input_scale.device
-    hessian = _rotated(_without_damage(torch.as_tensor(statistics.inputs).to(device).double()), input_scale, block)
-    found = _cholesky(hessian, DAMPINGS)
-    if found is None:
-        return InputMetric()
-    cholesky, mean, damping = found
-    correction = None
-    if statistics.drift is not None:
-        drift = torch.as_tensor(statistics.drift).to(device).double()
-        if bool(torch.isfinite(drift).all()):
-            correction = torch.cholesky_solve(_rotated(drift, input_scale, block).T, cholesky).T.mul_(DRIFT_SHARE / mean)
-            correction.diagonal().add_(1)
-        del drift
-    factor = _factor(cholesky, TILE_INPUTS)
-    hessian.diagonal().add_(damping * mean)
-    return InputMetric(factor, hessian, correction)
+    hessian = _rotate(_without_damage(_owned(statistics.inputs, torch.float64, input_scale.device)), input_scale, block)
+    known = decompose(hessian, DAMPINGS)
+    drift = None if known is None or statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
+    if drift is not None:
+        finite = math.isfinite(float(drift.sum(dtype=torch.float64)))
+        drift = _rotate(drift, input_scale, block).mul_(DRIFT_SHARE / known.mean) if finite else None
+    return InputMetric(known, drift)
 
 
 def output_factor(sensitivity: np.ndarray, output_scale: np.ndarray, block: int, device: str) -> Factor | None:
@@ -80,65 +168,88 @@ def output_factor(sensitivity: np.ndarray, output_scale: np.ndarray, block: int,
     """
     if len(sensitivity) <= TILE_OUTPUTS:
         return None
-    usable = _without_damage(torch.from_numpy(sensitivity).to(device).double())
-    found = _cholesky(_rotated(usable, torch.from_numpy(output_scale).to(device), block), OUTPUT_DAMPINGS)
-    return None if found is None else _factor(found[0], TILE_OUTPUTS)
+    usable = _without_damage(_owned(sensitivity, torch.float64, device))
+    known = decompose(_rotate(usable, torch.from_numpy(output_scale).to(device), block), OUTPUT_DAMPINGS)
+    return None if known is None else known.factor(TILE_OUTPUTS)
+
+
+def decompose(hessian: torch.Tensor, dampings: tuple[float, ...]) -> Decomposition | None:
+    """Factorize a Hessian, float64 [K, K], in place; None when no damping makes it positive definite."""
+    mean = float(hessian.trace()) / len(hessian)
+    if not 0 < mean < math.inf:
+        return None
+    hessian /= mean
+    squares = [hessian[panel, panel].clone() for panel in _panels(len(hessian))]
+    for damping in dampings:
+        if _cholesky(hessian, damping):
+            for square in squares:
+                square.diagonal().add_(damping)
+            return Decomposition(hessian, squares, mean)
+        _mirror(hessian, squares)
+    return None
+
+
+def _cholesky(matrix: torch.Tensor, damping: float) -> bool:
+    """Overwrite what lies on and below the squares of the diagonal with C; False when the matrix is not positive definite."""
+    size, failed = len(matrix), torch.zeros((), dtype=torch.int32, device=matrix.device)
+    matrix.diagonal().add_(damping)
+    panels = _panels(size)
+    for number, panel in enumerate(panels):
+        root, info = torch.linalg.cholesky_ex(matrix[panel, panel])
+        failed |= info
+        matrix[panel, panel] = root
+        if panel.stop == size:
+            break
+        below = torch.linalg.solve_triangular(root.T, matrix[panel.stop :, panel], upper=True, left=False)
+        matrix[panel.stop :, panel] = below
+        for other in panels[number + 1 :]:
+            rows = below[other.start - panel.stop :]
+            matrix[other.start :, other].addmm_(rows, rows[: other.stop - other.start].T, alpha=-1)
+    # Schur complements of a positive semidefinite matrix plus damping are at least the damping.
+    return not int(failed) and float(matrix.diagonal().square().min()) >= damping / 2
+
+
+def _mirror(matrix: torch.Tensor, squares: list[torch.Tensor]) -> None:
+    """What lies on and below the squares, from what lies above them."""
+    for panel, square in zip(_panels(len(matrix)), squares):
+        matrix[panel, panel] = square
+        matrix[panel.stop :, panel] = matrix[panel, panel.stop :].T
+
+
+def _panels(size: int) -> list[slice]:
+    return [slice(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
+
+
+def _slabs(size: int) -> list[slice]:
+    step = max(1, _SLAB // size)
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _owned(matrix: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """An array's values in a new tensor, or a tensor itself if it can be."""
+    return matrix.to(device, dtype) if isinstance(matrix, torch.Tensor) else torch.tensor(matrix, device=device).to(dtype)
 
 
 def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
     """`quantize.factorization.drop_damaged`, in place."""
     diagonal = hessian.diagonal()
     damaged = ~torch.isfinite(diagonal) | (diagonal < 0)
-    rest = ~torch.isfinite(hessian)
-    rest[damaged] = False
-    rest[:, damaged] = False
-    damaged |= rest.any(0) | rest.any(1)
+    rows, columns = torch.zeros_like(damaged), torch.zeros_like(damaged)
+    for slab in _slabs(len(hessian)):
+        bad = ~torch.isfinite(hessian[slab]) & ~damaged & ~damaged[slab, None]
+        rows[slab] = bad.any(1)
+        columns |= bad.any(0)
+    damaged |= rows | columns
     hessian[damaged] = 0
     hessian[:, damaged] = 0
     return hessian
 
 
-def _rotated(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Hd diag(scale) matrix diag(scale) Hd, float64 [K, K]."""
+def _rotate(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """Hd diag(scale) matrix diag(scale) Hd, float64 or float32 [K, K], in place."""
     wide = scale.double()
-    # Row after row, then column after column: the transposes fall into place.
-    once = hadamard(matrix * wide, block)
-    del matrix
-    return hadamard((once * wide[:, None]).T.contiguous(), block).T.contiguous()
-
-
-def _cholesky(hessian: torch.Tensor, dampings: tuple[float, ...]) -> tuple[torch.Tensor, float, float] | None:
-    """The lower triangle C of C transpose(C) = hessian / mean + damping, float64 [K, K]; the mean diagonal; the damping that does."""
-    mean = float(hessian.trace()) / len(hessian)
-    if not 0 < mean < math.inf:
-        return None
-    for damping in dampings:
-        scaled = hessian / mean
-        scaled.diagonal().add_(damping)
-        cholesky, failed = torch.linalg.cholesky_ex(scaled)
-        del scaled
-        # Schur complements of a positive semidefinite matrix plus damping are at least the damping.
-        if not int(failed) and float(cholesky.diagonal().square().min()) >= damping / 2:
-            return cholesky, mean, damping
-    return None
-
-
-def _factor(cholesky: torch.Tensor, tile: int) -> Factor:
-    """The strictly lower block triangle of L with identity blocks on the diagonal, as whole numbers."""
-    size = len(cholesky)
-    tiles = -(-size // tile)
-    lower = torch.zeros((tiles * tile, tiles * tile), dtype=torch.float64, device=cholesky.device)
-    lower.diagonal().fill_(1)
-    lower[:size, :size] = cholesky / cholesky.diagonal()
-    parts = lower.reshape(tiles, tile, tiles, tile)
-    inner = parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    unit = torch.eye(tile, dtype=torch.float64, device=cholesky.device).expand_as(inner)
-    inverse = torch.linalg.solve_triangular(inner, unit, upper=False, unitriangular=True)
-    columns = lower.reshape(-1, tiles, tile).transpose(0, 1) @ inverse
-    lower = columns.transpose(0, 1).reshape(tiles, tile, tiles, tile)
-    number = torch.arange(tiles, device=cholesky.device)
-    lower *= (number[:, None] > number)[:, None, :, None]
-    lower = lower.reshape(tiles * tile, -1)[:size, :size]
-    largest = float(torch.linalg.vector_norm(lower, 1, dim=0).max())
-    shift = min(MOST_COEFFICIENT_BITS, EXACT_BITS - 2 - ERROR_BITS - math.frexp(largest)[1])
-    return Factor(lower.mul_(2.0**shift).round_(), shift)
+    for slab in _slabs(len(matrix)):
+        matrix[slab] = hadamard(matrix[slab] * wide, block).to(matrix.dtype)
+    for slab in _slabs(len(matrix)):
+        matrix[:, slab] = hadamard((matrix[:, slab] * wide[:, None]).T.contiguous(), block).T.to(matrix.dtype)
+    return matrix

@@ -1,31 +1,33 @@
-"""Quantizing the tensors of a fused group on a GPU: the steps of `quantize.trellis`, on whole tensors.
+"""Quantizing the tensors of a fused group on GPUs: the steps of `quantize.trellis`, on large pieces of the tensors.
 
-Memory there: the Hessian of the group's inputs six times in float64, and about 20 bytes for each of the group's weights.
+Scales and the factorization are found on one GPU. Then rows are dealt out to all of them in pieces that do not depend on how many there
+are. Memory: the Hessian of the group's inputs in float64, their drift in float32, and about 20 bytes for each of the group's weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from septet.codes import trellis as trellis_code
-from septet.codes.tile import TILE_OUTPUTS, check_bits
+from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS, check_bits
 from septet.quantize import GroupStatistics, QuantizedTensor, rotation, scales
 from septet.quantize.refit import better_scales
 from septet.quantize.statistics import output_rows
 from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
+from septet.quantize_gpu.devices import on_devices
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
-from septet.quantize_gpu.linear_algebra import InputMetric, input_metric, output_factor
+from septet.quantize_gpu.linear_algebra import Factor, InputMetric, input_metric, output_factor
 from septet.quantize_gpu.rotation import hadamard_outputs, rotate, unrotate
 
 __all__ = ["Settings", "quantize_trellis"]
 
-#: Rows are refitted in pieces of about this many weights.
+#: Rows whose outputs do not know each other are worked off in pieces of about this many weights.
 _PIECE_WEIGHTS = 1 << 25
 
 
@@ -39,6 +41,7 @@ class Settings:
         seed: of the random signs.
         device: "cuda", "cuda:1", ...; "cpu" works with an encoder of one's own.
         encoder: of tiles; None: the Triton kernel.
+        helpers: more devices of the same kind that share the work; bytes do not depend on how many.
     """
 
     bits_per_pair: int = 7
@@ -46,6 +49,7 @@ class Settings:
     seed: int = 0
     device: str = "cuda"
     encoder: Encoder | None = None
+    helpers: tuple[str, ...] = ()
 
 
 def quantize_trellis(
@@ -67,8 +71,15 @@ def quantize_trellis(
         OptionError: an unknown width or block.
         ShapeError: the weights do not have the same number of inputs, or the statistics have others.
     """
+    check_bits(settings.bits_per_pair)
+    return on_devices([(settings.device, lambda chosen: _quantize(weights, names, chosen, statistics), settings)])[0]
+
+
+def _quantize(
+    weights: Sequence[RowSource], names: list[str], settings: Settings, statistics: GroupStatistics | None
+) -> list[QuantizedTensor]:
+    """`quantize_trellis` while its GPU is the current one."""
     bits, device = settings.bits_per_pair, settings.device
-    check_bits(bits)
     inputs, outputs = common_inputs(weights), [weight.shape[0] for weight in weights]
     if statistics is not None:
         statistics.check(inputs, outputs, names[0])
@@ -88,118 +99,163 @@ def quantize_trellis(
     input_scale = columns * rotation.random_signs(settings.seed, f"{names[0]}/in", inputs)
     there_scale = torch.from_numpy(input_scale).to(device)
     metric = input_metric(statistics, there_scale, input_block)
-    group = _Group(settings, input_scale, there_scale, input_block, output_block, metric)
-    wanted = [rotation.random_signs(settings.seed, f"{name}/out", count) for name, count in zip(names, outputs)]
-    wanted = [signs * magnitude / 2.0**exponent for signs, magnitude in zip(wanted, magnitudes)]
-    rotated = [group.rotated(*parts) for parts in zip(there, wanted, names)]
-    encoded = group.encode([rows for rows, _ in rotated], [scale for _, scale in rotated], known)
+    signs = [rotation.random_signs(settings.seed, f"{name}/out", count) for name, count in zip(names, outputs)]
+    wanted = [sign * magnitude / 2.0**exponent for sign, magnitude in zip(signs, magnitudes)]
+    work = _Work(settings, names, there, wanted, there_scale, (input_block, output_block), metric, device)
+    pieces = [
+        piece
+        for tensor, weight in enumerate(there)
+        for piece in _pieces(tensor, weight.shape, None if known is None or metric.known is None else known[tensor], output_block)
+    ]
+    coded = share(work, pieces, settings.helpers)
     made = []
-    for position, (packed, levels) in enumerate(encoded):
-        rows, scale = rotated[position]
-        made.append(group.finished(there[position], group.refit(rows, levels, scale, names[position]), packed, levels))
+    for tensor, weight in enumerate(there):
+        mine = [one for piece, one in zip(pieces, coded) if piece.tensor == tensor]
+        made.append(_joined(mine, tuple(weight.shape), input_scale, work))
     return made
 
 
+def share(work: _Work, pieces: list[_Piece], helpers: Sequence[str]) -> list[_Coded]:
+    """What becomes of all pieces, neighbours on one GPU: on `work`'s own and on helpers, of which each gets about the same."""
+    works = [work, *map(work.to, helpers)]
+    rows = np.cumsum([0] + [piece.rows.stop - piece.rows.start for piece in pieces])
+    owner = np.minimum((rows[:-1] + rows[1:]) * len(works) // (2 * rows[-1]), len(works) - 1)
+    shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(works))]
+    return [one for part in on_devices([(work.device, work.run, share) for work, share in zip(works, shares) if share]) for one in part]
+
+
+def _joined(coded: list[_Coded], shape: tuple[int, int], input_scale: np.ndarray, work: _Work) -> QuantizedTensor:
+    """The finished tensor."""
+    return QuantizedTensor(
+        code="trellis",
+        bits_per_pair=work.settings.bits_per_pair,
+        shape=shape,
+        packed=np.concatenate([one.packed for one in coded]),
+        scale=np.concatenate([one.scale for one in coded]),
+        input_scale=input_scale.astype(np.float16),
+        input_block=work.blocks[0],
+        output_block=work.blocks[1],
+        relative_error=scales.ratio_of_norms(sum(one.difference for one in coded), sum(one.energy for one in coded)),
+    )
+
+
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """What all tensors of a group share: s_in float32 [K], here and on the device, the rotation blocks, and what is known of the inputs."""
+class _Piece:
+    """Neighbouring rows of one tensor, and what is known of them; nothing but errors fed back passes between pieces, and none does."""
+
+    tensor: int
+    rows: slice
+    sensitivity: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Coded:
+    """What becomes of a piece: in host memory, and two sums for the relative error."""
+
+    packed: np.ndarray
+    scale: np.ndarray
+    difference: float
+    energy: float
+
+
+def _pieces(tensor: int, shape: tuple[int, int], sensitivity: np.ndarray | None, output_block: int) -> list[_Piece]:
+    """Rows whose outputs know each other, in pieces of their own; the same cut as in `quantize.trellis`. It is the same on any GPUs."""
+    step, block = output_rows(shape[0]), max(TILE_OUTPUTS, output_block)
+    if sensitivity is None or (step % block and step != shape[0]):
+        return [_Piece(tensor, slice(*cut), None) for cut in rotation.row_pieces(shape, block, _PIECE_WEIGHTS)]
+    return [_Piece(tensor, slice(start, start + step), sensitivity[start // step]) for start in range(0, shape[0], step)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What one GPU needs for its share of a group.
+
+    Args:
+        settings: how.
+        names: of all tensors.
+        weights: float32 [N_i, K], of all tensors; wherever they are.
+        wanted: float64 [N_i], signed scales of the rows for unit variance.
+        input_scale: float32 [K], s_in, on the device.
+        blocks: of the rotation, inputs and outputs.
+        metric: what is known of the inputs, on the device; used up.
+        device: where.
+    """
 
     settings: Settings
-    input_scale: np.ndarray
-    there_scale: torch.Tensor
-    input_block: int
-    output_block: int
+    names: list[str]
+    weights: list[torch.Tensor]
+    wanted: list[np.ndarray]
+    input_scale: torch.Tensor
+    blocks: tuple[int, int]
     metric: InputMetric
+    device: str
 
-    def rotated(self, weight: torch.Tensor, wanted: np.ndarray, name: str) -> tuple[torch.Tensor, np.ndarray]:
-        """Rotated weights in standard deviations, float32 [N, K], and the rounded scale they belong to, float16 [N]."""
-        bits = self.settings.bits_per_pair
-        rows, scale = self._rotate(weight, wanted, name)
+    def to(self, device: str) -> _Work:
+        """The same for another GPU, with copies of what is used up."""
+        return replace(self, input_scale=self.input_scale.to(device), metric=self.metric.to(device), device=device)
+
+    def run(self, pieces: list[_Piece]) -> list[_Coded]:
+        """Quantize some pieces."""
+        bits, encoder, metric = self.settings.bits_per_pair, self.settings.encoder or _kernel(self.device), self.metric
+        rotated = [self._rotated(piece) for piece in pieces]
+        metric.drift = None
+        if metric.known is None:
+            encoded = [encode_plainly(rows, bits, encoder) for rows, _ in rotated]
+        else:
+            sheets = [Sheet(rows, self._output_factor(piece, scale)) for piece, (rows, scale) in zip(pieces, rotated)]
+            encoded = encode_sheets(sheets, metric.known.factor(TILE_INPUTS), bits, encoder)
+            metric.known.hessian()
+        return [self._finished(*parts) for parts in zip(pieces, rotated, encoded)]
+
+    def _rotated(self, piece: _Piece) -> tuple[torch.Tensor, np.ndarray]:
+        """Rotated weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n]."""
+        bits, wanted = self.settings.bits_per_pair, self.wanted[piece.tensor][piece.rows]
+        rows, scale = self._rotate(piece, wanted)
         reach = max(trellis_code.WIDTHS[bits].table) / trellis_code.WIDTHS[bits].levels_per_sigma
-        if sums.clips(rows, reach, self.output_block, scales.CLIPPING_IGNORED):
-            factors = scales.headroom(rows.cpu().numpy(), bits, self.output_block)
-            rows, scale = self._rotate(weight, wanted * factors, name)
+        if sums.clips(rows, reach, self.blocks[1], scales.CLIPPING_IGNORED):
+            rows, scale = self._rotate(piece, wanted * scales.headroom(rows.cpu().numpy(), bits, self.blocks[1]))
         return rows, scale
 
-    def _rotate(self, weight: torch.Tensor, wanted: np.ndarray, name: str) -> tuple[torch.Tensor, np.ndarray]:
-        scale = scales.round_to_float16(wanted / trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma, name)
-        rows = rotate(weight, self._sigma(scale), self.there_scale, self.input_block, self.output_block)
-        if self.metric.correction is not None:
-            rows = (rows.double() @ self.metric.correction).float()
-        return rows, scale
+    def _rotate(self, piece: _Piece, wanted: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        weight = self.weights[piece.tensor][piece.rows].to(self.device)
+        per_sigma = trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma
+        scale = scales.round_to_float16(wanted / per_sigma, self.names[piece.tensor])
+        rows = rotate(weight, self._sigma(scale), self.input_scale, *self.blocks)
+        return self.metric.corrected(rows), scale
 
     def _sigma(self, scale: np.ndarray) -> torch.Tensor:
-        """What a standard deviation in the coded basis is before it, float32 [N], from a scale, float16 [N]."""
+        """What a standard deviation in the coded basis is before it, float32 [n], from a scale, float16 [n]."""
         sigma = scale.astype(np.float32) * np.float32(trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma)
-        return torch.from_numpy(sigma).to(self.settings.device)
+        return torch.from_numpy(sigma).to(self.device)
 
-    def encode(
-        self, rotated: list[torch.Tensor], scale: list[np.ndarray], known: Sequence[np.ndarray] | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Packed and levels of each tensor."""
-        bits, encoder = self.settings.bits_per_pair, self.settings.encoder or _kernel()
-        if self.metric.factor is None:
-            return [encode_plainly(rows, bits, encoder) for rows in rotated]
-        sheets: list[Sheet] = []
-        counts = []
-        for position, rows in enumerate(rotated):
-            cut = self._sheets(rows, scale[position], None if known is None else known[position])
-            counts.append(len(cut))
-            sheets += cut
-        made = iter(encode_sheets(sheets, self.metric.factor, bits, encoder))
-        parts = [[next(made) for _ in range(count)] for count in counts]
-        return [tuple(torch.cat(pieces) for pieces in zip(*part)) for part in parts]
+    def _output_factor(self, piece: _Piece, scale: np.ndarray) -> Factor | None:
+        if piece.sensitivity is None:
+            return None
+        return output_factor(piece.sensitivity, scale.astype(np.float64), self.blocks[1], self.device)
 
-    def _sheets(self, rows: torch.Tensor, scale: np.ndarray, sensitivity: np.ndarray | None) -> list[Sheet]:
-        """Rows whose outputs know each other in sheets of their own; the same cut as in `quantize.trellis`."""
-        step = output_rows(len(rows))
-        if sensitivity is None or (step % max(TILE_OUTPUTS, self.output_block) and step != len(rows)):
-            return [Sheet(rows)]
-        sheets = []
-        for number, start in enumerate(range(0, len(rows), step)):
-            part = slice(start, start + step)
-            factor = output_factor(sensitivity[number], scale[part].astype(np.float64), self.output_block, self.settings.device)
-            sheets.append(Sheet(rows[part], factor))
-        return sheets
+    def _finished(self, piece: _Piece, rotated: tuple[torch.Tensor, np.ndarray], encoded: tuple[torch.Tensor, torch.Tensor]) -> _Coded:
+        """The finished piece: scales fitted again, and how far it is from its weights."""
+        (rows, scale), (packed, levels) = rotated, encoded
+        if self.metric.known is not None:
+            scale = self._refit(rows, levels, scale, self.names[piece.tensor])
+        stored = torch.from_numpy(scale.astype(np.float32)).to(self.device)
+        decoded = unrotate(levels, stored, self.input_scale, *self.blocks)
+        weight = self.weights[piece.tensor][piece.rows].to(self.device).double()
+        energy = float(weight.square().sum())
+        return _Coded(packed.cpu().numpy(), scale, float((weight - decoded).square_().sum()), energy)
 
-    def refit(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, name: str) -> np.ndarray:
-        """`quantize.refit.refit_output_scale`: better output scales for given levels, float16 [N]."""
-        if self.metric.hessian is None:
-            return scale
-        linear, square = np.empty(len(scale)), np.empty(len(scale))
-        sigma = self._sigma(scale)[:, None]
-        for start, stop in rotation.row_pieces(rotated.shape, self.output_block, _PIECE_WEIGHTS):
-            rows = hadamard_outputs(levels[start:stop].float(), self.output_block).double()
-            targets = hadamard_outputs(rotated[start:stop], self.output_block) * sigma[start:stop]
-            weighted = rows @ self.metric.hessian
-            linear[start:stop] = (weighted * targets).sum(1).cpu().numpy()
-            square[start:stop] = weighted.mul_(rows).sum(1).cpu().numpy()
-        return better_scales(scale, linear, square, name)
-
-    def finished(self, weight: torch.Tensor, scale: np.ndarray, packed: torch.Tensor, levels: torch.Tensor) -> QuantizedTensor:
-        """The finished tensor."""
-        stored = torch.from_numpy(scale.astype(np.float32)).to(self.settings.device)
-        difference = energy = 0.0
-        for start, stop in rotation.row_pieces(weight.shape, self.output_block, _PIECE_WEIGHTS):
-            part = slice(start, stop)
-            decoded = unrotate(levels[part], stored[part], self.there_scale, self.input_block, self.output_block)
-            rows = weight[part].double()
-            energy += float(rows.square().sum())
-            difference += float((rows - decoded).square_().sum())
-        return QuantizedTensor(
-            code="trellis",
-            bits_per_pair=self.settings.bits_per_pair,
-            shape=tuple(weight.shape),
-            packed=packed.cpu().numpy(),
-            scale=scale,
-            input_scale=self.input_scale.astype(np.float16),
-            input_block=self.input_block,
-            output_block=self.output_block,
-            relative_error=scales.ratio_of_norms(difference, energy),
-        )
+    def _refit(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, name: str) -> np.ndarray:
+        """`quantize.refit.refit_output_scale`: better output scales for given levels, float16 [n]."""
+        rows = hadamard_outputs(levels.float(), self.blocks[1]).double()
+        targets = hadamard_outputs(rotated, self.blocks[1]) * self._sigma(scale)[:, None]
+        weighted = rows @ self.metric.known.matrix
+        linear = (weighted * targets).sum(1).cpu().numpy()
+        return better_scales(scale, linear, weighted.mul_(rows).sum(1).cpu().numpy(), name)
 
 
-def _kernel() -> Encoder:
-    from septet.quantize_gpu.kernels import encode
+def _kernel(device: str) -> Encoder:
+    """The quickest encoder of a GPU."""
+    from septet.quantize_gpu import clusters, kernels
 
-    return encode
+    number = torch.device(device).index
+    return clusters.encode if clusters.fits(torch.cuda.current_device() if number is None else number) else kernels.encode

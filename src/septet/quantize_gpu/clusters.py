@@ -1,0 +1,69 @@
+"""The encoder in CUDA C++, for GPUs whose blocks can work in clusters: a tile is searched by several multiprocessors at once.
+
+`kernels` searches a tile on one multiprocessor. Error feedback asks for few tiles at a time, 64 for a matrix of 4096 outputs, so most of a
+GPU would wait. Here blocks of a cluster share a tile, and keep its windows in registers. Compiled where it runs, see `gpu.driver`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from septet.codes.tile import PAIRS_PER_TILE
+from septet.codes.trellis import WINDOW_BITS
+from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
+from septet.gpu.driver import Kernel, compile_source, load_kernel, obstacle, shared_memory
+from septet.gpu.layers import GPU_VARIABLE
+from septet.quantize_gpu.rotation import window_levels
+
+__all__ = ["encode", "fits", "source_of"]
+
+#: Blocks of a cluster, and threads of a block: 32 windows for each thread.
+PARTS = 4
+THREADS = 512
+#: Tiles that a cluster may search at the same time; as few as keep all clusters busy.
+TILES = (1, 2, 4)
+_POINTERS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+
+
+def fits(device: int) -> bool:
+    """Whether a GPU can run this encoder: compute capability 9 and later."""
+    if os.environ.get(GPU_VARIABLE) == "triton" or obstacle() or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    return shared_memory(device) >= max(_shared_bytes(bits, TILES[-1]) for bits in (6, 7, 8))
+
+
+def encode(fixed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Encode tiles; arguments and result are those of `kernels.encode`. The GPU must be the current one."""
+    device, count = fixed.device.index, len(fixed)
+    windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device)
+    places = torch.cuda.get_device_properties(device).multi_processor_count // PARTS
+    tiles = next((number for number in TILES if number * places >= count), TILES[-1])
+    levels = window_levels(bits, str(fixed.device))
+    arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), count
+    _kernel(device, bits, tiles).launch((PARTS * -(-count // tiles), 1), torch.cuda.current_stream(device).cuda_stream, *arguments)
+    return windows
+
+
+def source_of(bits: int, tiles: int, parts: int = PARTS, threads: int = THREADS) -> str:
+    """The source of a variant."""
+    macros = {"BITS": bits, "PARTS": parts, "THREADS": threads, "TILES": tiles, "AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
+    lines = [f"#define {name} {value}" for name, value in macros.items()]
+    return "\n".join([*lines, (Path(__file__).parent / "encode.cu").read_text()])
+
+
+@cache
+def _kernel(device: int, bits: int, tiles: int) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    image = compile_source(source_of(bits, tiles), (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"))
+    return load_kernel(image, "encode", _POINTERS, THREADS, _shared_bytes(bits, tiles))
+
+
+def _shared_bytes(bits: int, tiles: int) -> int:
+    """Costs of two steps, weights and ends of all tiles, and the survivors of one."""
+    states = 1 << WINDOW_BITS - bits
+    return tiles * (2 * states + PAIRS_PER_TILE) * 4 + 16 + PAIRS_PER_TILE * states

@@ -1,0 +1,220 @@
+// The trellis encoder, exactly the search of codes/trellis_search.py, for GPUs whose blocks can form clusters.
+//
+// PARTS blocks of THREADS threads search TILES tiles together. A thread keeps its share of the 65536 windows in registers for all steps
+// and tiles: levels, and 32 times the part of the metric that knows no weights. So a window takes two instructions a step: a dot product
+// of two weights and two levels on top of that part, and the sum with the cost of the state before, of which the least is kept. Costs are
+// kept as 32 * cost + place, and the place, of the window among 32, comes out of the least sum: ties go to the lowest low bits.
+//
+// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. A block has the states of some c,
+// SHARE neighbouring threads have one state, and a thread four neighbouring lows of every 4 * SHARE. Costs go to all blocks, what a
+// state's best low bits are to one block for each tile, which traces back.
+//
+// Macros: BITS, PARTS, THREADS, TILES (at most PARTS), AROUND, FORBIDDEN.
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+
+constexpr int PAIRS = 128;
+constexpr int STATES = 1 << (16 - BITS);
+constexpr int BRANCHES = 1 << BITS;
+constexpr int GROUPS = 1 << (16 - 2 * BITS);
+constexpr int EACH = 65536 / (PARTS * THREADS);
+constexpr int SHARE = BRANCHES / EACH;
+constexpr int COLUMNS = BRANCHES / PARTS;
+// Of shared memory, in bytes.
+constexpr int COSTS = 0;
+constexpr int WEIGHTS = COSTS + TILES * 2 * STATES * 4;
+constexpr int ENDS = WEIGHTS + TILES * PAIRS * 4;
+constexpr int SURVIVORS = ENDS + 16;
+
+static_assert(TILES <= PARTS && EACH % 32 == 0 && SHARE >= 1 && SHARE <= 32, "no such cut");
+
+__device__ __forceinline__ u32 address_in(u32 local, u32 block)
+{
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(local), "r"(block));
+    return there;
+}
+
+__device__ __forceinline__ void put(u32 there, int value)
+{
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void put_byte(u32 there, u32 value)
+{
+    asm volatile("st.shared::cluster.u8 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void meet()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
+__device__ __forceinline__ int dot_low(u32 x, u32 levels, int sum)
+{
+    int result;
+    asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
+    return result;
+}
+
+__device__ __forceinline__ int dot_high(u32 x, u32 levels, int sum)
+{
+    int result;
+    asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
+    return result;
+}
+
+__device__ __forceinline__ int square(u32 levels, int byte)
+{
+    int level = (int)(levels << (24 - 8 * byte)) >> 24;
+    return level * level;
+}
+
+// Of low bits among the 32 that one accumulator of a thread looks at.
+__device__ __forceinline__ int place(int low)
+{
+    return ((low / (4 * SHARE)) * 4 + (low & 3)) & 31;
+}
+
+struct Thread
+{
+    u32 levels[EACH / 2];
+    int part[EACH];
+    int state, group, share;
+    u32 everywhere[PARTS];
+};
+
+__device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begin, int steps)
+{
+    const int own_place = place(mine.state & (BRANCHES - 1));
+    for (int step = 0; step < steps; step++)
+    {
+        const int pair = (begin + step) & (PAIRS - 1), old = step & 1;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+        {
+            const u32 x = *(const u32*)(memory + WEIGHTS + (tile * PAIRS + pair) * 4);
+            const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * STATES;
+            const int4* from = (const int4*)(costs + mine.group * BRANCHES) + mine.share;
+            int least = 0x7fffffff;
+#pragma unroll
+            for (int half = 0; half < EACH / 32; half++)
+            {
+                int best = 0x7fffffff;
+#pragma unroll
+                for (int four = half * 8; four < half * 8 + 8; four++)
+                {
+                    const int4 cost = from[four * SHARE];
+                    best = min(best, dot_low(x, mine.levels[2 * four], mine.part[4 * four]) + cost.x);
+                    best = min(best, dot_high(x, mine.levels[2 * four], mine.part[4 * four + 1]) + cost.y);
+                    best = min(best, dot_low(x, mine.levels[2 * four + 1], mine.part[4 * four + 2]) + cost.z);
+                    best = min(best, dot_high(x, mine.levels[2 * four + 1], mine.part[4 * four + 3]) + cost.w);
+                }
+                const int low = (half * 8 + ((best & 31) >> 2)) * 4 * SHARE + mine.share * 4 + (best & 3);
+                least = min(least, ((best >> 5) << 8) | low);
+            }
+#pragma unroll
+            for (int distance = 1; distance < SHARE; distance *= 2)
+                least = min(least, __shfl_xor_sync(0xffffffffu, least, distance));
+            // What is subtracted from all costs changes no decision.
+            const int value = (((least >> 8) - (costs[0] >> 5)) << 5) | own_place;
+            const int to = COSTS + ((tile * 2 + (old ^ 1)) * STATES + mine.state) * 4;
+#pragma unroll
+            for (int block = 0; block < PARTS; block++)
+                if (block % SHARE == mine.share)
+                    put(mine.everywhere[block] + to, value);
+            if (mine.share == SHARE - 1)
+                put_byte(mine.everywhere[tile] + SURVIVORS + step * STATES + mine.state, least & 255);
+        }
+        meet();
+    }
+}
+
+// The state after pair 127 of the best path around the tile's boundary; by one warp of the block that has the survivors.
+__device__ __forceinline__ int boundary_state(const u8* memory, int tile)
+{
+    const int* costs = (const int*)(memory + COSTS) + tile * 2 * STATES;
+    long long best = 0x7fffffffffffffffll;
+    for (int state = threadIdx.x; state < STATES; state += 32)
+        best = min(best, ((long long)(costs[state] >> 5) << 16) | state);
+    for (int distance = 1; distance < 32; distance *= 2)
+        best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    int state = (int)(best & 0xffff);
+    for (int step = 2 * AROUND - 1; step >= AROUND; step--)
+        state = ((state << BITS) | memory[SURVIVORS + step * STATES + state]) & (STATES - 1);
+    return state;
+}
+
+extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
+    encode(const short* fixed, const signed char* levels, int* windows, int tiles)
+{
+    extern __shared__ __align__(16) u8 memory[];
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    const int first = blockIdx.x / PARTS * TILES;
+
+    Thread mine;
+    const int number = threadIdx.x / SHARE;
+    mine.share = threadIdx.x % SHARE;
+    mine.group = number / COLUMNS;
+    mine.state = (rank * COLUMNS + number % COLUMNS) * GROUPS + mine.group;
+#pragma unroll
+    for (int four = 0; four < EACH / 4; four++)
+    {
+        const int window = mine.state * BRANCHES + four * 4 * SHARE + mine.share * 4;
+        const uint2 pairs = *(const uint2*)(levels + 2 * window);
+        mine.levels[2 * four] = pairs.x;
+        mine.levels[2 * four + 1] = pairs.y;
+        mine.part[4 * four] = 64 * (square(pairs.x, 0) + square(pairs.x, 1));
+        mine.part[4 * four + 1] = 64 * (square(pairs.x, 2) + square(pairs.x, 3));
+        mine.part[4 * four + 2] = 64 * (square(pairs.y, 0) + square(pairs.y, 1));
+        mine.part[4 * four + 3] = 64 * (square(pairs.y, 2) + square(pairs.y, 3));
+    }
+    const u32 here = (u32)__cvta_generic_to_shared(memory);
+#pragma unroll
+    for (int block = 0; block < PARTS; block++)
+        mine.everywhere[block] = address_in(here, block);
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int index = threadIdx.x; index < TILES * PAIRS; index += THREADS)
+    {
+        const int tile = first + index / PAIRS;
+        const short* pair = fixed + 2 * ((long long)tile * PAIRS + index % PAIRS);
+        const u32 x0 = tile < tiles ? (u32)(-32 * pair[0]) : 0, x1 = tile < tiles ? (u32)(-32 * pair[1]) : 0;
+        *(u32*)(memory + WEIGHTS + index * 4) = (x0 & 0xffff) | (x1 << 16);
+    }
+    for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
+        ((int*)(memory + COSTS))[index / STATES * 2 * STATES + index % STATES] = place(index % STATES & (BRANCHES - 1));
+    __syncthreads();
+    meet();
+    forward(mine, memory, PAIRS - AROUND, 2 * AROUND);
+    // An even number of steps has ended in the first of the two buffers.
+    if (rank < TILES && threadIdx.x < 32)
+    {
+        const int state = boundary_state(memory, rank);
+        if (threadIdx.x < PARTS)
+            put(address_in(here, threadIdx.x) + ENDS + rank * 4, state);
+    }
+    meet();
+    for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
+    {
+        const int state = index % STATES, end = ((const int*)(memory + ENDS))[index / STATES];
+        const int cost = state == end ? 0 : FORBIDDEN;
+        ((int*)(memory + COSTS))[index / STATES * 2 * STATES + state] = cost * 32 + place(state & (BRANCHES - 1));
+    }
+    __syncthreads();
+    meet();
+    forward(mine, memory, 0, PAIRS);
+    if (rank < TILES && first + rank < tiles && threadIdx.x == 0)
+    {
+        int state = ((const int*)(memory + ENDS))[rank];
+        for (int step = PAIRS - 1; step >= 0; step--)
+        {
+            const int window = (state << BITS) | memory[SURVIVORS + step * STATES + state];
+            windows[(long long)(first + rank) * PAIRS + step] = window;
+            state = window & (STATES - 1);
+        }
+    }
+}
