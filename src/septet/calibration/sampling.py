@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from septet.calibration.fetching import Fetching
 from septet.calibration.workers import Machine, at_work, map_windows
 
 __all__ = ["sample_windows"]
@@ -99,26 +100,6 @@ def _within_reach(model: nn.Module, machine: Machine) -> Iterator[None]:
     inside = {id(parameter) for parameter in blocks.parameters()}
     outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
     with at_work(outside, machine, None), ExitStack() as fetched:
-        for block in blocks:
-            fetched.callback(_Fetched(block, machine).remove)
+        if len(blocks):
+            fetched.callback(Fetching(list(blocks), machine.device).remove)
         yield
-
-
-class _Fetched:
-    """A block that is on the GPU only while it is called."""
-
-    def __init__(self, block: nn.Module, machine: Machine) -> None:
-        self._block, self._machine, self._there = block, machine, ExitStack()
-        self._hooks = [block.register_forward_pre_hook(self._fetch), block.register_forward_hook(self._leave)]
-
-    def _fetch(self, block: nn.Module, arguments: tuple) -> None:
-        self._there.enter_context(at_work([block], self._machine, None))
-
-    def _leave(self, block: nn.Module, arguments: tuple, output: object) -> None:
-        self._there.close()
-
-    def remove(self) -> None:
-        """Leave the block as it was."""
-        self._there.close()
-        for hook in self._hooks:
-            hook.remove()
