@@ -17,36 +17,47 @@ from septet.codes.tile import PAIRS_PER_TILE
 from septet.codes.trellis import WINDOW_BITS
 from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
 from septet.gpu.driver import Kernel, compile_source, load_kernel, obstacle, shared_memory
-from septet.gpu.layers import GPU_VARIABLE
 from septet.quantize_gpu.rotation import window_levels
 
 __all__ = ["encode", "fits", "source_of"]
 
-#: Blocks of a cluster, and threads of a block: 32 windows for each thread.
-PARTS = 4
+#: Blocks of a cluster, and threads of a block: 64 windows for each thread, in 96 of its registers.
+PARTS = 2
 THREADS = 512
-#: Tiles that a cluster may search at the same time; as few as keep all clusters busy.
-TILES = (1, 2, 4)
+#: How many tiles a cluster may search together.
+MOST_TILES = {6: 2, 7: 4, 8: 4}
+#: What a search takes beside its tiles, in times that it takes for each of them (docs/log.md).
+_START = 1.0
 _POINTERS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 
 
 def fits(device: int) -> bool:
     """Whether a GPU can run this encoder: compute capability 9 and later."""
+    from septet.gpu.layers import GPU_VARIABLE
+
     if os.environ.get(GPU_VARIABLE) == "triton" or obstacle() or torch.cuda.get_device_capability(device)[0] < 9:
         return False
-    return shared_memory(device) >= max(_shared_bytes(bits, TILES[-1]) for bits in (6, 7, 8))
+    return shared_memory(device) >= max(_shared_bytes(bits, tiles) for bits, tiles in MOST_TILES.items())
 
 
 def encode(fixed: torch.Tensor, bits: int) -> torch.Tensor:
     """Encode tiles; arguments and result are those of `kernels.encode`. The GPU must be the current one."""
     device, count = fixed.device.index, len(fixed)
     windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device)
-    places = torch.cuda.get_device_properties(device).multi_processor_count // PARTS
-    tiles = next((number for number in TILES if number * places >= count), TILES[-1])
+    tiles = _tiles_together(count, torch.cuda.get_device_properties(device).multi_processor_count // PARTS, bits)
     levels = window_levels(bits, str(fixed.device))
     arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), count
     _kernel(device, bits, tiles).launch((PARTS * -(-count // tiles), 1), torch.cuda.current_stream(device).cuda_stream, *arguments)
     return windows
+
+
+def _tiles_together(count: int, places: int, bits: int) -> int:
+    """With how many tiles for each cluster `count` tiles take least, when so many clusters work at the same time."""
+
+    def time(tiles: int) -> float:
+        return -(-count // (tiles * places)) * (_START + tiles)
+
+    return min(range(1, MOST_TILES[bits] + 1), key=time)
 
 
 def source_of(bits: int, tiles: int, parts: int = PARTS, threads: int = THREADS) -> str:
@@ -64,6 +75,6 @@ def _kernel(device: int, bits: int, tiles: int) -> Kernel:
 
 
 def _shared_bytes(bits: int, tiles: int) -> int:
-    """Costs of two steps, weights and ends of all tiles, and the survivors of one."""
+    """Costs of two steps, weights, two barriers and an end for each tile, and the survivors of those that a block traces back."""
     states = 1 << WINDOW_BITS - bits
-    return tiles * (2 * states + PAIRS_PER_TILE) * 4 + 16 + PAIRS_PER_TILE * states
+    return tiles * (4 * (2 * states + PAIRS_PER_TILE) + 2 * 8 + 4) + -(-tiles // PARTS) * PAIRS_PER_TILE * states

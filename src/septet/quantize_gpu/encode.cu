@@ -9,7 +9,10 @@
 // SHARE neighbouring threads have one state, and a thread four neighbouring lows of every 4 * SHARE. Costs go to all blocks, what a
 // state's best low bits are to one block for each tile, which traces back.
 //
-// Macros: BITS, PARTS, THREADS, TILES (at most PARTS), AROUND, FORBIDDEN.
+// Blocks do not meet after a step. A barrier in each block counts the bytes of costs that come in, one for each tile and buffer, so the
+// costs of one tile travel while the next is computed. When all have come, every thread has read what they replace a step later.
+//
+// Macros: BITS, PARTS, THREADS, TILES, AROUND (even), FORBIDDEN.
 
 typedef unsigned int u32;
 typedef unsigned char u8;
@@ -24,10 +27,11 @@ constexpr int COLUMNS = BRANCHES / PARTS;
 // Of shared memory, in bytes.
 constexpr int COSTS = 0;
 constexpr int WEIGHTS = COSTS + TILES * 2 * STATES * 4;
-constexpr int ENDS = WEIGHTS + TILES * PAIRS * 4;
-constexpr int SURVIVORS = ENDS + 16;
+constexpr int BARRIERS = WEIGHTS + TILES * PAIRS * 4;
+constexpr int ENDS = BARRIERS + TILES * 2 * 8;
+constexpr int SURVIVORS = ENDS + TILES * 4;
 
-static_assert(TILES <= PARTS && EACH % 32 == 0 && SHARE >= 1 && SHARE <= 32, "no such cut");
+static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 32 && AROUND % 2 == 0, "no such cut");
 
 __device__ __forceinline__ u32 address_in(u32 local, u32 block)
 {
@@ -39,6 +43,28 @@ __device__ __forceinline__ u32 address_in(u32 local, u32 block)
 __device__ __forceinline__ void put(u32 there, int value)
 {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+}
+
+// A cost for another block, counted by a barrier there.
+__device__ __forceinline__ void send(u32 there, int value, u32 barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there), "r"(value), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity)
+{
+    u32 done = 0;
+    while (!done)
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
 }
 
 __device__ __forceinline__ void put_byte(u32 there, u32 value)
@@ -78,14 +104,21 @@ __device__ __forceinline__ int place(int low)
     return ((low / (4 * SHARE)) * 4 + (low & 3)) & 31;
 }
 
+// Where the block that traces a tile back has its survivors.
+__device__ __forceinline__ int survivors_of(int tile)
+{
+    return SURVIVORS + tile / PARTS * PAIRS * STATES;
+}
+
 struct Thread
 {
     u32 levels[EACH / 2];
     int part[EACH];
     int state, group, share;
-    u32 everywhere[PARTS];
+    u32 here, everywhere[PARTS];
 };
 
+// Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
 __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begin, int steps)
 {
     const int own_place = place(mine.state & (BRANCHES - 1));
@@ -95,6 +128,11 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
         {
+            const int incoming = BARRIERS + (tile * 2 + (old ^ 1)) * 8;
+            if (threadIdx.x == 0)
+                expect(mine.here + incoming, STATES * 4);
+            if (step > 0)
+                wait(mine.here + BARRIERS + (tile * 2 + old) * 8, (step - 1) / 2 & 1);
             const u32 x = *(const u32*)(memory + WEIGHTS + (tile * PAIRS + pair) * 4);
             const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * STATES;
             const int4* from = (const int4*)(costs + mine.group * BRANCHES) + mine.share;
@@ -124,12 +162,14 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
 #pragma unroll
             for (int block = 0; block < PARTS; block++)
                 if (block % SHARE == mine.share)
-                    put(mine.everywhere[block] + to, value);
+                    send(mine.everywhere[block] + to, value, mine.everywhere[block] + incoming);
             if (mine.share == SHARE - 1)
-                put_byte(mine.everywhere[tile] + SURVIVORS + step * STATES + mine.state, least & 255);
+                put_byte(mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + mine.state, least & 255);
         }
-        meet();
     }
+    for (int tile = 0; tile < TILES; tile++)
+        wait(mine.here + BARRIERS + tile * 2 * 8, (steps - 1) / 2 & 1);
+    meet();
 }
 
 // The state after pair 127 of the best path around the tile's boundary; by one warp of the block that has the survivors.
@@ -137,13 +177,13 @@ __device__ __forceinline__ int boundary_state(const u8* memory, int tile)
 {
     const int* costs = (const int*)(memory + COSTS) + tile * 2 * STATES;
     long long best = 0x7fffffffffffffffll;
-    for (int state = threadIdx.x; state < STATES; state += 32)
+    for (int state = threadIdx.x % 32; state < STATES; state += 32)
         best = min(best, ((long long)(costs[state] >> 5) << 16) | state);
     for (int distance = 1; distance < 32; distance *= 2)
         best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
     int state = (int)(best & 0xffff);
     for (int step = 2 * AROUND - 1; step >= AROUND; step--)
-        state = ((state << BITS) | memory[SURVIVORS + step * STATES + state]) & (STATES - 1);
+        state = ((state << BITS) | memory[survivors_of(tile) + step * STATES + state]) & (STATES - 1);
     return state;
 }
 
@@ -172,10 +212,18 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         mine.part[4 * four + 2] = 64 * (square(pairs.y, 0) + square(pairs.y, 1));
         mine.part[4 * four + 3] = 64 * (square(pairs.y, 2) + square(pairs.y, 3));
     }
-    const u32 here = (u32)__cvta_generic_to_shared(memory);
+    mine.here = (u32)__cvta_generic_to_shared(memory);
 #pragma unroll
     for (int block = 0; block < PARTS; block++)
-        mine.everywhere[block] = address_in(here, block);
+        mine.everywhere[block] = address_in(mine.here, block);
+    if (threadIdx.x == 0)
+    {
+        for (int barrier = 0; barrier < TILES * 2; barrier++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(mine.here + BARRIERS + barrier * 8) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    // A warp traces a tile back, in a block of its own as far as there are enough.
+    const int traced = rank + threadIdx.x / 32 * PARTS;
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int index = threadIdx.x; index < TILES * PAIRS; index += THREADS)
@@ -190,12 +238,11 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     __syncthreads();
     meet();
     forward(mine, memory, PAIRS - AROUND, 2 * AROUND);
-    // An even number of steps has ended in the first of the two buffers.
-    if (rank < TILES && threadIdx.x < 32)
+    if (traced < TILES)
     {
-        const int state = boundary_state(memory, rank);
-        if (threadIdx.x < PARTS)
-            put(address_in(here, threadIdx.x) + ENDS + rank * 4, state);
+        const int state = boundary_state(memory, traced);
+        if (threadIdx.x % 32 < PARTS)
+            put(address_in(mine.here, threadIdx.x % 32) + ENDS + traced * 4, state);
     }
     meet();
     for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
@@ -207,13 +254,13 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     __syncthreads();
     meet();
     forward(mine, memory, 0, PAIRS);
-    if (rank < TILES && first + rank < tiles && threadIdx.x == 0)
+    if (traced < TILES && first + traced < tiles && threadIdx.x % 32 == 0)
     {
-        int state = ((const int*)(memory + ENDS))[rank];
+        int state = ((const int*)(memory + ENDS))[traced];
         for (int step = PAIRS - 1; step >= 0; step--)
         {
-            const int window = (state << BITS) | memory[SURVIVORS + step * STATES + state];
-            windows[(long long)(first + rank) * PAIRS + step] = window;
+            const int window = (state << BITS) | memory[survivors_of(traced) + step * STATES + state];
+            windows[(long long)(first + traced) * PAIRS + step] = window;
             state = window & (STATES - 1);
         }
     }
