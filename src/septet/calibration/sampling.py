@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.calibration.fetching import Fetching
 from septet.calibration.workers import Machine, at_work, map_windows
@@ -24,6 +25,8 @@ __all__ = ["sample_windows"]
 _MOST_TOGETHER = 16
 #: The same on a GPU, where all blocks may have to be fetched for every token.
 _MOST_TOGETHER_ON_GPU = 64
+#: Not cuDNN's: it compiles for every length that the text has on its way.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 #: A model is taken to a GPU as a whole when this part of what is free there is enough for its weights.
 _SHARE_FOR_WEIGHTS = 0.75
 #: And no more than this is used for weights, so that any card of 24 GB writes the same way.
@@ -63,7 +66,7 @@ def sample_windows(
         return _write(model, torch.full((rows, 1), start_token, device=machine.device), context, generator).to("cpu")
 
     written: list[torch.Tensor] = []
-    with _within_reach(model, machine):
+    with _within_reach(model, machine), sdpa_kernel(_ATTENTION) if machine.is_gpu else ExitStack():
         for results in map_windows(write, batches, machine):
             written += results
             progress(sum(map(len, written)))

@@ -95,6 +95,7 @@ def _measured(
 
     found, complete = Sensitivity(folder), folder / "complete.npy"
     if not complete.is_file():
+        show(Progress("measure", "forward"))
 
         def measured(done: int, total: int) -> None:
             show(Progress("measure", f"block {done} of {total}"))

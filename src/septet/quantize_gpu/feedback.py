@@ -22,9 +22,11 @@ from septet.codes import trellis
 from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS, WEIGHTS_PER_TILE
 from septet.quantize.factorization import ERROR_BITS
 from septet.quantize.feedback import ERROR_SHIFT
+from septet.quantize_gpu import clusters
 from septet.quantize_gpu.graphs import Repeated
 from septet.quantize_gpu.linear_algebra import Factor
 from septet.quantize_gpu.rotation import pack, window_levels
+from septet.quantize_gpu.steps import Steps
 
 __all__ = ["BATCH_STEPS", "Encoder", "Sheet", "encode_plainly", "encode_sheets"]
 
@@ -173,6 +175,17 @@ class _Work:
             part = slice(first, first + count)
             self._weights[part, self._left : self._left + self._columns] = _tiles(_in_quarter_levels(sheet.rotated, bits))
             self._real_rows[part].view(-1)[: len(sheet.rotated)] = 1
+        self._fused = self._fused_steps()
+
+    def _fused_steps(self) -> Steps | None:
+        """The kernels that do a step at once, where they can be had and nobody has brought another encoder."""
+        if self._encoder is not clusters.encode:
+            return None
+        tensors = {"weights": self._weights, "errors": self._errors, "mixed": self._mixed, "levels": self._levels}
+        tensors |= {"symbols": self._symbols, "before": self._before, "local": self._local, "recent": self._recent, "now": self._now}
+        tensors |= {"delays": self._delays, "real_rows": self._real_rows, "real_columns": self._real_columns}
+        across = [(family.tiles.start, family.across, family.per_output.flatten()) for family in self._families]
+        return Steps(tensors, across, self._per_input, self._bits)
 
     def begin_batch(self, start: int) -> None:
         """Make ready for the steps from `start` on: feedback of all columns encoded before them, and coefficients inside the batch.
@@ -204,6 +217,9 @@ class _Work:
         """Encode at the steps of a batch; those after the last step meet padding only."""
         self._recent.zero_()
         for number in range(BATCH_STEPS):
+            if self._fused is not None:
+                self._fused.step(number)
+                continue
             inside = slice(number * TILE_INPUTS, (number + 1) * TILE_INPUTS)
             sums = torch.bmm(self._recent, self._local[:, :, inside])
             sums += self._before[:, :, inside]
