@@ -29,9 +29,9 @@ from septet.layer import SeptetLinear
 #: (dtype of the model, activations) -> largest norm of the difference of logits, in norms of the logits.
 BOUNDS = {
     (torch.float32, "float"): 1e-5,
-    (torch.float32, "int8"): 2e-2,
-    (torch.bfloat16, "float"): 2e-2,
-    (torch.bfloat16, "int8"): 3e-2,
+    (torch.float32, "int8"): 5e-2,
+    (torch.bfloat16, "float"): 5e-2,
+    (torch.bfloat16, "int8"): 5e-2,
 }
 TEXT_TOKENS = 32
 
@@ -102,7 +102,6 @@ def main() -> int:
     dist.barrier()
     path, rows = arguments.model or Path(folder[0]) / "packed", []
     for dtype in (torch.float32, torch.bfloat16):
-        # Contents differ by rank, so whole models go first: loading a cut one changes how transformers distributes.
         whole = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         expected = {kind: answers(whole, kind, device) for kind in ("float", "int8")}
         del whole
