@@ -1,18 +1,20 @@
-"""How long quantizing takes on one GPU, stage by stage, and how much of its memory.
+"""How long quantizing takes on GPUs, stage by stage, and how much of their memory.
 
-    python benchmarks/quantize_gpu.py --shape 8b [--blocks 1 2] [--effort E] [--tokens T]
+    python benchmarks/quantize_gpu.py --shape 8b [--blocks 1 2] [--gpus 1 2] [--memory GB] [--stream] [--effort E] [--tokens T]
     python benchmarks/quantize_gpu.py --model DIR [--keep OUT] [--seed N]
 
 The first makes models with random weights in the shapes of a large one but with few blocks, quantizes each, and extrapolates: what two
-models differ in is what a block costs, and the rest is paid once. Head and embedding are left as they are. One JSON object per run; stages
-are wall seconds, and warm-up runs come first, on a small model and on one block of the shape, so that compiling kernels and loading
-libraries is not counted.
+models differ in is what a block costs, and the rest is paid once. Head and embedding are left as they are. With several numbers of GPUs
+it checks that all write the same bytes. `--memory` keeps torch within so many GB of each GPU, `--stream` brings blocks one by one while
+text is written, as for a model that does not fit. One JSON object per run; stages are wall seconds, and warm-up runs come first, on a
+small model and on one block of the shape, so that compiling kernels and loading libraries is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -23,10 +25,12 @@ import torch
 import transformers
 
 from septet import loading
+from septet.calibration import sampling
 from septet.checkpoint import QuantizeOptions
+from septet.checkpoint.integrity import sha256_of_file
 from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
 from septet.cli.calibration import calibrate_with
-from septet.cli.device import check_device, quantizer_on
+from septet.cli.device import check_device, devices_of, quantizer_on
 
 #: hidden, intermediate, heads, key-value heads, blocks, vocabulary
 SHAPES = {
@@ -56,7 +60,7 @@ def make_model(directory: Path, shape: str, blocks: int, device: str) -> None:
 
 
 def run(source: Path, out: Path, options: QuantizeOptions, device: str) -> dict:
-    """Quantize; seconds by stage and in all, and the peak of what torch has taken on the GPU."""
+    """Quantize; seconds by stage and in all, and the peak of what torch has taken on each GPU."""
     seconds: dict[str, float] = defaultdict(float)
     stage, since = "load", time.perf_counter()
 
@@ -68,17 +72,17 @@ def run(source: Path, out: Path, options: QuantizeOptions, device: str) -> dict:
             print(f"{event.stage} {event.name}", file=sys.stderr, flush=True)
         stage, since = event.stage, now
 
-    on_gpu = device != "cpu"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+    gpus = [] if device == "cpu" else devices_of(device)
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     calibrate = calibrate_with("self", options, 0, show, device) if options.effort else None
     hooks = Hooks(plan=loading.plan_checkpoint, progress=show, calibrate=calibrate, quantizer=quantizer_on(device))
     started = time.perf_counter()
     quantize_checkpoint(source, out, options, hooks)
     total = time.perf_counter() - started
     seconds[stage] += time.perf_counter() - since
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
-    return {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}, "peak_gib": peak}
+    peaks = [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2) for gpu in gpus]
+    return {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}, "peak_gib": peaks}
 
 
 def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
@@ -91,38 +95,66 @@ def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
     return {"blocks": blocks, "stages": rounded, "seconds": round(sum(stages.values()), 1)}
 
 
+def measure_shape(place: Path, shape: str, blocks: list[int], devices: list[str], options: QuantizeOptions) -> None:
+    """Runs on models with random weights, on one device or list of devices after the other."""
+    bare = QuantizeOptions(**options.as_json() | {"head": "keep"})
+    made: dict[tuple[str, int], dict] = {}
+    for number, count in enumerate([1, *blocks]):
+        make_model(place / "model", shape, count, devices[0].split(",")[0])
+        torch.cuda.empty_cache()
+        written = set()
+        for device in devices:
+            made[device, count] = run(place / "model", place / "out", bare, device)
+            written.add(tuple(sha256_of_file(file) for file in sorted((place / "out").glob("*.safetensors"))))
+            shutil.rmtree(place / "out")
+            if number:
+                print(json.dumps({"shape": shape, "blocks": count, "device": device, **made[device, count]}), flush=True)
+        if len(written) > 1:
+            raise SystemExit(f"{' and '.join(devices)} write different bytes")
+        shutil.rmtree(place / "model")
+    if len(blocks) > 1:
+        for device in devices:
+            runs = {count: made[device, count] for count in blocks}
+            print(json.dumps({"device": device, "extrapolated": extrapolate(runs, SHAPES[shape][4])}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1])
+    parser.add_argument("--memory", type=float, help="GB of each GPU")
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--vocabulary", type=int, help="of the shape, instead of its own: a smaller one saves time that is not measured")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--effort", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", help="instead of --gpus")
     arguments = parser.parse_args()
-    check_device(arguments.device)
+    devices = [",".join(f"cuda:{number}" for number in range(count)) for count in arguments.gpus]
+    devices = [arguments.device] if arguments.device else devices
+    for device in devices:
+        check_device(device)
+        for gpu in devices_of(device) if arguments.memory else ():
+            total = torch.cuda.get_device_properties(gpu).total_memory
+            torch.cuda.set_per_process_memory_fraction(arguments.memory * 1e9 / total, gpu)
+    if arguments.stream:
+        sampling._MOST_BYTES_FOR_WEIGHTS = 0
+    if arguments.vocabulary:
+        SHAPES[arguments.shape] = (*SHAPES[arguments.shape][:5], arguments.vocabulary)
     calibration = "self" if arguments.effort else "none"
     options = QuantizeOptions(effort=arguments.effort, calibration=calibration, calibration_tokens=arguments.tokens, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        make_model(place / "tiny", "tiny", 2, arguments.device)
-        run(place / "tiny", place / "tiny-out", options, arguments.device)
+        make_model(place / "tiny", "tiny", 2, devices[0].split(",")[0])
+        run(place / "tiny", place / "tiny-out", options, devices[0])
         if arguments.model is not None:
-            made = run(arguments.model, arguments.keep or place / "out", options, arguments.device)
+            made = run(arguments.model, arguments.keep or place / "out", options, devices[0])
             print(json.dumps({"model": arguments.model.name, "seed": arguments.seed, **made}), flush=True)
             return
-        bare = QuantizeOptions(**options.as_json() | {"head": "keep"})
-        runs = {}
-        make_model(place / "warm", arguments.shape, 1, arguments.device)
-        run(place / "warm", place / "warm-out", bare, arguments.device)
-        for blocks in arguments.blocks:
-            make_model(place / str(blocks), arguments.shape, blocks, arguments.device)
-            runs[blocks] = run(place / str(blocks), place / f"{blocks}-out", bare, arguments.device)
-            print(json.dumps({"shape": arguments.shape, "blocks": blocks, **runs[blocks]}), flush=True)
-        if len(runs) > 1:
-            print(json.dumps({"extrapolated": extrapolate(runs, SHAPES[arguments.shape][4])}), flush=True)
+        measure_shape(place, arguments.shape, arguments.blocks, devices, options)
 
 
 if __name__ == "__main__":
