@@ -109,6 +109,12 @@ class StoredMatrix:
         raw = self.file.read(self.key, start * row_bytes, stop * row_bytes)
         return _to_float32(raw, entry.dtype).reshape(stop - start, self.shape[1])
 
+    def bfloat16_bits(self) -> np.ndarray | None:
+        """The whole matrix as it is stored, uint16, for whoever widens it faster; None if its dtype is not BF16."""
+        if self.file.entries[self.key].dtype != "BF16":
+            return None
+        return self.file.read(self.key).view("<u2").reshape(self.shape)
+
 
 def _to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes of a float dtype -> float32, exact but for F64."""

@@ -26,8 +26,8 @@ PARTS = 2
 THREADS = 512
 #: How many tiles a cluster may search together.
 MOST_TILES = {6: 2, 7: 4, 8: 4}
-#: What a search takes beside its tiles, in times that it takes for each of them (docs/log.md).
-_START = 1.0
+#: What a search takes beside its tiles, in times that it takes for each of them (measured; docs/log.md).
+_START = 0.25
 _POINTERS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 
 
@@ -87,5 +87,7 @@ def _kernel(device: int, bits: int, tiles: int) -> Kernel:
 
 def _shared_bytes(bits: int, tiles: int) -> int:
     """Costs of two steps, weights, two barriers and an end for each tile, and the survivors of those that a block traces back."""
-    states = 1 << WINDOW_BITS - bits
-    return tiles * (4 * (2 * states + PAIRS_PER_TILE) + 2 * 8 + 4) + -(-tiles // PARTS) * PAIRS_PER_TILE * states
+    states, branches = 1 << WINDOW_BITS - bits, 1 << bits
+    # A row of costs for each of the states that share their first bits, as in encode.cu.
+    row = branches + 4 * (branches * PARTS * THREADS >> WINDOW_BITS)
+    return tiles * (4 * (2 * (states // branches) * row + PAIRS_PER_TILE) + 2 * 8 + 4) + -(-tiles // PARTS) * PAIRS_PER_TILE * states

@@ -5,12 +5,13 @@
 // of two weights and two levels on top of that part, and the sum with the cost of the state before, of which the least is kept. Costs are
 // kept as 32 * cost + place, and the place, of the window among 32, comes out of the least sum: ties go to the lowest low bits.
 //
-// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. A block has the states of some c,
-// SHARE neighbouring threads have one state, and a thread four neighbouring lows of every 4 * SHARE. Costs go to all blocks, what a
-// state's best low bits are to one block for each tile, which traces back.
+// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. SHARE neighbouring threads have one
+// state, and a thread four neighbouring lows of every 4 * SHARE. Costs go to all blocks, what a state's best low bits are to one block for
+// each tile, which traces back. A row of costs, of one g, is a little longer than its lows, so that threads of other g read other banks.
 //
 // Blocks do not meet after a step. A barrier in each block counts the bytes of costs that come in, one for each tile and buffer, so the
-// costs of one tile travel while the next is computed. When all have come, every thread has read what they replace a step later.
+// costs of one tile travel while the next is computed. When all have come, every thread has read what they replace a step later. A
+// barrier takes its time for everything it counts, so four costs go together.
 //
 // Macros: BITS, PARTS, THREADS, TILES, AROUND (even), FORBIDDEN.
 
@@ -23,15 +24,16 @@ constexpr int BRANCHES = 1 << BITS;
 constexpr int GROUPS = 1 << (16 - 2 * BITS);
 constexpr int EACH = 65536 / (PARTS * THREADS);
 constexpr int SHARE = BRANCHES / EACH;
-constexpr int COLUMNS = BRANCHES / PARTS;
+constexpr int ROW = BRANCHES + 4 * SHARE;
+constexpr int BUFFER = GROUPS * ROW;
 // Of shared memory, in bytes.
 constexpr int COSTS = 0;
-constexpr int WEIGHTS = COSTS + TILES * 2 * STATES * 4;
+constexpr int WEIGHTS = COSTS + TILES * 2 * BUFFER * 4;
 constexpr int BARRIERS = WEIGHTS + TILES * PAIRS * 4;
 constexpr int ENDS = BARRIERS + TILES * 2 * 8;
 constexpr int SURVIVORS = ENDS + TILES * 4;
 
-static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 32 && AROUND % 2 == 0, "no such cut");
+static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 8 && PARTS < 4 && AROUND % 2 == 0, "no such cut");
 
 __device__ __forceinline__ u32 address_in(u32 local, u32 block)
 {
@@ -45,10 +47,11 @@ __device__ __forceinline__ void put(u32 there, int value)
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
 }
 
-// A cost for another block, counted by a barrier there.
-__device__ __forceinline__ void send(u32 there, int value, u32 barrier)
+// Four costs for another block, counted by a barrier there.
+__device__ __forceinline__ void send(u32 there, const int (&costs)[4], u32 barrier)
 {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there), "r"(value), "r"(barrier)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+                 "r"(costs[0]), "r"(costs[1]), "r"(costs[2]), "r"(costs[3]), "r"(barrier)
                  : "memory");
 }
 
@@ -65,11 +68,6 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity)
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
                      : "memory");
-}
-
-__device__ __forceinline__ void put_byte(u32 there, u32 value)
-{
-    asm volatile("st.shared::cluster.u8 [%0], %1;" ::"r"(there), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void meet()
@@ -110,6 +108,12 @@ __device__ __forceinline__ int survivors_of(int tile)
     return SURVIVORS + tile / PARTS * PAIRS * STATES;
 }
 
+// Where the cost of a state is.
+__device__ __forceinline__ int at(int state)
+{
+    return state / BRANCHES * ROW + state % BRANCHES;
+}
+
 struct Thread
 {
     u32 levels[EACH / 2];
@@ -121,7 +125,9 @@ struct Thread
 // Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
 __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begin, int steps)
 {
-    const int own_place = place(mine.state & (BRANCHES - 1));
+    // Four neighbouring states and their threads: all of these know all results, and each does something else with them.
+    const int four_threads = 4 * SHARE, first = mine.state & ~3, role = threadIdx.x % four_threads;
+    const int first_place = place(first & (BRANCHES - 1));
     for (int step = 0; step < steps; step++)
     {
         const int pair = (begin + step) & (PAIRS - 1), old = step & 1;
@@ -134,8 +140,8 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
             if (step > 0)
                 wait(mine.here + BARRIERS + (tile * 2 + old) * 8, (step - 1) / 2 & 1);
             const u32 x = *(const u32*)(memory + WEIGHTS + (tile * PAIRS + pair) * 4);
-            const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * STATES;
-            const int4* from = (const int4*)(costs + mine.group * BRANCHES) + mine.share;
+            const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER;
+            const int4* from = (const int4*)(costs + mine.group * ROW) + mine.share;
             int least = 0x7fffffff;
 #pragma unroll
             for (int half = 0; half < EACH / 32; half++)
@@ -157,14 +163,23 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
             for (int distance = 1; distance < SHARE; distance *= 2)
                 least = min(least, __shfl_xor_sync(0xffffffffu, least, distance));
             // What is subtracted from all costs changes no decision.
-            const int value = (((least >> 8) - (costs[0] >> 5)) << 5) | own_place;
-            const int to = COSTS + ((tile * 2 + (old ^ 1)) * STATES + mine.state) * 4;
+            const int zero = costs[0] >> 5;
+            int values[4];
+            u32 lows = 0;
+#pragma unroll
+            for (int next = 0; next < 4; next++)
+            {
+                const int found = __shfl_sync(0xffffffffu, least, (threadIdx.x & (32 - four_threads)) | next * SHARE);
+                values[next] = (((found >> 8) - zero) << 5) | (first_place + next);
+                lows |= (u32)(found & 255) << 8 * next;
+            }
+            const int to = COSTS + ((tile * 2 + (old ^ 1)) * BUFFER + at(first)) * 4;
 #pragma unroll
             for (int block = 0; block < PARTS; block++)
-                if (block % SHARE == mine.share)
-                    send(mine.everywhere[block] + to, value, mine.everywhere[block] + incoming);
-            if (mine.share == SHARE - 1)
-                put_byte(mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + mine.state, least & 255);
+                if (role == block)
+                    send(mine.everywhere[block] + to, values, mine.everywhere[block] + incoming);
+            if (role == PARTS)
+                put(mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + first, lows);
         }
     }
     for (int tile = 0; tile < TILES; tile++)
@@ -175,10 +190,10 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
 // The state after pair 127 of the best path around the tile's boundary; by one warp of the block that has the survivors.
 __device__ __forceinline__ int boundary_state(const u8* memory, int tile)
 {
-    const int* costs = (const int*)(memory + COSTS) + tile * 2 * STATES;
+    const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
     long long best = 0x7fffffffffffffffll;
     for (int state = threadIdx.x % 32; state < STATES; state += 32)
-        best = min(best, ((long long)(costs[state] >> 5) << 16) | state);
+        best = min(best, ((long long)(costs[at(state)] >> 5) << 16) | state);
     for (int distance = 1; distance < 32; distance *= 2)
         best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
     int state = (int)(best & 0xffff);
@@ -198,8 +213,8 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     Thread mine;
     const int number = threadIdx.x / SHARE;
     mine.share = threadIdx.x % SHARE;
-    mine.group = number / COLUMNS;
-    mine.state = (rank * COLUMNS + number % COLUMNS) * GROUPS + mine.group;
+    mine.state = rank * (STATES / PARTS) + number;
+    mine.group = mine.state % GROUPS;
 #pragma unroll
     for (int four = 0; four < EACH / 4; four++)
     {
@@ -234,7 +249,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         *(u32*)(memory + WEIGHTS + index * 4) = (x0 & 0xffff) | (x1 << 16);
     }
     for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
-        ((int*)(memory + COSTS))[index / STATES * 2 * STATES + index % STATES] = place(index % STATES & (BRANCHES - 1));
+        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(index % STATES)] = place(index % STATES & (BRANCHES - 1));
     __syncthreads();
     meet();
     forward(mine, memory, PAIRS - AROUND, 2 * AROUND);
@@ -249,7 +264,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     {
         const int state = index % STATES, end = ((const int*)(memory + ENDS))[index / STATES];
         const int cost = state == end ? 0 : FORBIDDEN;
-        ((int*)(memory + COSTS))[index / STATES * 2 * STATES + state] = cost * 32 + place(state & (BRANCHES - 1));
+        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(state)] = cost * 32 + place(state & (BRANCHES - 1));
     }
     __syncthreads();
     meet();
