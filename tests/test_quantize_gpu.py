@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,53 +12,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
+from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
-from septet.codes import trellis  # noqa: E402
 from septet.errors import OptionError  # noqa: E402
-from septet.kernels import select_backend  # noqa: E402
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 from septet.quantize.factorization import Factor, factorize  # noqa: E402
 from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
-from septet.quantize.statistics import corrected, input_metric, output_rows  # noqa: E402
+from septet.quantize.statistics import corrected, input_metric  # noqa: E402
 from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
-
-NAMES = ["block.q", "block.k"]
-
-
-def encoder(fixed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The processor's encoder in place of the kernel."""
-    symbols = select_backend().trellis_encode(fixed.numpy(), bits, 0)
-    return torch.from_numpy(trellis.windows_of_symbols(symbols, bits).astype(np.int32))
-
-
-def settings(bits: int = 7) -> quantize_gpu.Settings:
-    return quantize_gpu.Settings(bits, 64, 5, "cpu", encoder)
-
-
-def correlated(size: int, seed: int) -> np.ndarray:
-    """A Hessian, float64 [size, size], of fewer samples than a full rank needs."""
-    rows = np.random.default_rng(seed).standard_normal((size // 2 + 1, size)) * np.linspace(0.2, 3, size)
-    rows[:, 1:] += 0.7 * rows[:, :-1]
-    return rows.T @ rows / len(rows)
-
-
-def known_of(inputs: int, outputs: list[int]) -> GroupStatistics:
-    rows = [output_rows(count) for count in outputs]
-    sides = tuple(
-        np.stack([correlated(row, 10 + block) for block in range(count // row)]).astype(np.float32) for count, row in zip(outputs, rows)
-    )
-    return GroupStatistics(correlated(inputs, 1), 0.05 * correlated(inputs, 2), sides)
-
-
-def weights_of(inputs: int, outputs: list[int]) -> list[np.ndarray]:
-    rng = np.random.default_rng(3)
-    return [rng.standard_normal((count, inputs)).astype(np.float32) * 0.02 for count in outputs]
-
-
-def assert_same(made: QuantizedTensor, expected: QuantizedTensor) -> None:
-    for name, array in expected.tensors().items():
-        assert np.array_equal(made.tensors()[name].view(np.uint8), array.view(np.uint8)), name
-    assert made.config() == expected.config()
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])
@@ -129,19 +89,6 @@ def test_a_hessian_that_needs_more_damping_is_whole_at_the_second_attempt(panel:
     root = made.matrix.tril()
     assert torch.allclose(root @ root.T, whole + 5 * torch.eye(130), atol=1e-12)
     assert linear_algebra.decompose(hessian.clone(), (0.0005,)) is None
-
-
-@pytest.mark.parametrize("knows", [True, False])
-def test_more_devices_change_no_byte(knows: bool) -> None:
-    """Processors stand in for GPUs."""
-    inputs, outputs = 132, [2048, 1024, 192]
-    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs) if knows else None
-    names = [*NAMES, "block.v"]
-    expected = quantize_gpu.quantize_trellis(weights, names, settings(), known)
-    for helpers in (("cpu:0",), ("cpu:0", "cpu:1", "cpu:2", "cpu:3", "cpu:4")):
-        made = quantize_gpu.quantize_trellis(weights, names, replace(settings(), helpers=helpers), known)
-        for one, other in zip(made, expected):
-            assert_same(one, other)
 
 
 def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupStatistics) -> float:
@@ -218,74 +165,6 @@ def test_a_gpu_with_statistics_loses_what_the_processor_loses() -> None:
     assert loss(weights, made, known) == pytest.approx(loss(weights, quantize_trellis(weights, NAMES, statistics=known), known), rel=0.02)
     for one, other in zip(made, again):
         assert_same(one, other)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_two_gpus_write_the_bytes_of_one() -> None:
-    inputs, outputs = 576, [2048, 1024]
-    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
-    one, two = (quantize_gpu.Settings(device="cuda:0", helpers=helpers) for helpers in ((), ("cuda:1",)))
-    expected = quantize_gpu.quantize_trellis(weights, NAMES, one, known)
-    for made, wanted in zip(quantize_gpu.quantize_trellis(weights, NAMES, two, known), expected):
-        assert_same(made, wanted)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
-    """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
-    from septet.quantize_gpu import clusters, kernels
-
-    if not clusters.fits(0):
-        pytest.skip("needs compute capability 9")
-    rng, inputs, rows = np.random.default_rng(5), 4 * feedback.BATCH_STEPS * 2 + 10, (1024, 64, 100, 200)
-    factor = linear_algebra.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
-    others = [linear_algebra.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]
-    sheets = [
-        feedback.Sheet(torch.from_numpy(rng.standard_normal((count, inputs)).astype(np.float32)).cuda(), None if count == 100 else other)
-        for count, other in zip(rows, others)
-    ]
-    for bits in (6, 7, 8):
-        for count in (1, 66, 67, 300):
-            fixed = torch.from_numpy(rng.integers(-1020, 1021, (count, 256)).astype(np.int16)).cuda()
-            out = torch.full((count, 128), -1, dtype=torch.int32, device="cuda")
-            assert torch.equal(clusters.encode(fixed, bits, out), kernels.encode(fixed, bits)), (bits, count)
-        made, expected = (feedback.encode_sheets(sheets, factor, bits, one) for one in (clusters.encode, kernels.encode))
-        for (packed, levels), (wanted, wanted_levels) in zip(made, expected):
-            assert torch.equal(packed, wanted) and torch.equal(levels, wanted_levels), bits
-
-
-def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
-    from septet.gpu import driver
-
-    if driver.obstacle():
-        pytest.skip("needs NVRTC, which comes with torch for CUDA")
-    from septet.quantize_gpu import clusters, steps
-
-    for architecture in ("sm_90", "sm_100", "sm_120"):
-        options = f"--gpu-architecture={architecture}", "--std=c++17"
-        for bits, tiles in clusters.MOST_TILES.items():
-            assert driver.compile_source(clusters.source_of(bits, tiles), options)
-        assert driver.compile_source(steps.source_of(7, 4 * feedback.BATCH_STEPS), options)
-
-
-def test_as_many_tiles_together_as_take_least() -> None:
-    from septet.quantize_gpu import clusters
-
-    chosen = {count: clusters._tiles_together(count, 66, 7) for count in (1, 66, 67, 132, 264, 448)}
-    assert chosen == {1: 1, 66: 1, 67: 2, 132: 2, 264: 4, 448: 4}
-    assert clusters._tiles_together(448, 66, 6) == 2
-
-
-def test_a_list_of_gpus_names_each_once() -> None:
-    from septet.cli.device import check_device, machine_of
-
-    with pytest.raises(OptionError, match="every GPU of a list must come once, got cuda,cuda:0"):
-        check_device("cuda,cuda:0")
-    with pytest.raises(OptionError, match="GPU that torch can use"):
-        check_device("cuda:0,cuda:4711")
-    machine = machine_of(3, "cuda:1,cuda:0")
-    assert (machine.threads, machine.devices, machine.is_gpu) == (3, ("cuda:1", "cuda:0"), True)
-    assert machine_of(0, "cpu").devices == ("cpu",)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "", "cuda:0,", "cuda:0,cpu"])

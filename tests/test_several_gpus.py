@@ -1,0 +1,111 @@
+"""Quantizing on several GPUs: their number changes no byte. And the kernels that keep each of them busy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+
+import test_calibration  # noqa: E402
+from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
+from septet import quantize_gpu  # noqa: E402
+from septet.calibration import Machine  # noqa: E402
+from septet.errors import OptionError  # noqa: E402
+from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_more_devices_change_no_byte(knows: bool) -> None:
+    """Processors stand in for GPUs."""
+    inputs, outputs = 36, [2048, 192, 64]
+    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs) if knows else None
+    names = [*NAMES, "block.v"]
+    expected = quantize_gpu.quantize_trellis(weights, names, settings(), known)
+    for helpers in (("cpu:0",), ("cpu:0", "cpu:1", "cpu:2", "cpu:3", "cpu:4")):
+        made = quantize_gpu.quantize_trellis(weights, names, replace(settings(), helpers=helpers), known)
+        for one, other in zip(made, expected):
+            assert_same(one, other)
+
+
+def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path) -> None:
+    """Processors stand in for GPUs."""
+    one = Machine(device="cpu:0")
+    sensitivity = test_calibration.measured(tiny_model_dir, one)
+    expected = test_calibration.run_through(lambda: test_calibration.load(tiny_model_dir), one, sensitivity)[0]
+    several = replace(one, helpers=("cpu:1", "cpu:2"))
+    found = test_calibration.run_through(lambda: test_calibration.load(tiny_model_dir), several, sensitivity)[0]
+    assert found.keys() == expected.keys()
+    for group, known in expected.items():
+        assert np.array_equal(found[group].inputs, known.inputs) and np.array_equal(found[group].drift, known.drift), group
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_write_the_bytes_of_one() -> None:
+    inputs, outputs = 576, [2048, 1024]
+    weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
+    one, two = (quantize_gpu.Settings(device="cuda:0", helpers=helpers) for helpers in ((), ("cuda:1",)))
+    expected = quantize_gpu.quantize_trellis(weights, NAMES, one, known)
+    for made, wanted in zip(quantize_gpu.quantize_trellis(weights, NAMES, two, known), expected):
+        assert_same(made, wanted)
+
+
+def test_a_list_of_gpus_names_each_once() -> None:
+    from septet.cli.device import check_device, machine_of
+
+    with pytest.raises(OptionError, match="every GPU of a list must come once, got cuda,cuda:0"):
+        check_device("cuda,cuda:0")
+    with pytest.raises(OptionError, match="GPU that torch can use"):
+        check_device("cuda:0,cuda:4711")
+    machine = machine_of(3, "cuda:1,cuda:0")
+    assert (machine.threads, machine.devices, machine.is_gpu) == (3, ("cuda:1", "cuda:0"), True)
+    assert machine_of(0, "cpu").devices == ("cpu",)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
+    """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
+    from septet.quantize_gpu import clusters, kernels
+
+    if not clusters.fits(0):
+        pytest.skip("needs compute capability 9")
+    rng, inputs, rows = np.random.default_rng(5), 4 * feedback.BATCH_STEPS * 2 + 10, (1024, 64, 100, 200)
+    factor = linear_algebra.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
+    others = [linear_algebra.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]
+    sheets = [
+        feedback.Sheet(torch.from_numpy(rng.standard_normal((count, inputs)).astype(np.float32)).cuda(), None if count == 100 else other)
+        for count, other in zip(rows, others)
+    ]
+    for bits in (6, 7, 8):
+        for count in (1, 66, 67, 300):
+            fixed = torch.from_numpy(rng.integers(-1020, 1021, (count, 256)).astype(np.int16)).cuda()
+            out = torch.full((count, 128), -1, dtype=torch.int32, device="cuda")
+            assert torch.equal(clusters.encode(fixed, bits, out), kernels.encode(fixed, bits)), (bits, count)
+        made, expected = (feedback.encode_sheets(sheets, factor, bits, one) for one in (clusters.encode, kernels.encode))
+        for (packed, levels), (wanted, wanted_levels) in zip(made, expected):
+            assert torch.equal(packed, wanted) and torch.equal(levels, wanted_levels), bits
+
+
+def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
+    from septet.gpu import driver
+
+    if driver.obstacle():
+        pytest.skip("needs NVRTC, which comes with torch for CUDA")
+    from septet.quantize_gpu import clusters, steps
+
+    for architecture in ("sm_90", "sm_100", "sm_120"):
+        options = f"--gpu-architecture={architecture}", "--std=c++17"
+        for bits, tiles in clusters.MOST_TILES.items():
+            assert driver.compile_source(clusters.source_of(bits, tiles), options)
+        assert driver.compile_source(steps.source_of(7, 4 * feedback.BATCH_STEPS), options)
+
+
+def test_as_many_tiles_together_as_take_least() -> None:
+    from septet.quantize_gpu import clusters
+
+    chosen = {count: clusters._tiles_together(count, 66, 7) for count in (1, 66, 67, 132, 264, 448)}
+    assert chosen == {1: 1, 66: 1, 67: 2, 132: 2, 264: 4, 448: 4}
+    assert [clusters._tiles_together(count, 66, 6) for count in (132, 448)] == [2, 1]
