@@ -80,7 +80,7 @@ def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
         for count, other in zip(rows, others)
     ]
     for bits in (6, 7, 8):
-        for count in (1, 66, 67, 300):
+        for count in (1, 67, 190, 264):
             fixed = torch.from_numpy(rng.integers(-1020, 1021, (count, 256)).astype(np.int16)).cuda()
             out = torch.full((count, 128), -1, dtype=torch.int32, device="cuda")
             assert torch.equal(clusters.encode(fixed, bits, out), kernels.encode(fixed, bits)), (bits, count)

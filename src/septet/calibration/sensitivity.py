@@ -33,6 +33,10 @@ from septet.quantize.statistics import output_rows
 
 __all__ = ["Sensitivity", "load_array", "measure", "save_array"]
 
+#: Squares on the diagonal of a symmetric matrix that are stored whole.
+_SQUARE = 512
+_AGAIN = "delete {} and run the same command with --resume"
+
 
 class Sensitivity:
     """Both sides, for the layers of a model.
@@ -47,7 +51,8 @@ class Sensitivity:
 
     def inputs(self, group: str) -> np.ndarray | None:
         """float32 [K, K], mean of |d|^2 x transpose(x), each layer of the group counting the same; only its shape matters."""
-        return self._get(f"inputs of {group}")
+        found = self._get(f"inputs of {group}")
+        return found if found is None or self._folder is None else _unfolded(found, self._file(f"inputs of {group}"))
 
     def outputs(self, layer: str) -> np.ndarray | None:
         """float32 [blocks, B, B], mean of d transpose(d) per token, B as `quantize.statistics.output_rows` says."""
@@ -55,7 +60,7 @@ class Sensitivity:
 
     def put(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
         """Keep the two sides of some groups and layers, float32."""
-        named = {f"inputs of {group}": matrix for group, matrix in inputs.items()}
+        named = {f"inputs of {group}": matrix if self._folder is None else _folded(matrix) for group, matrix in inputs.items()}
         named |= {f"outputs of {layer}": matrix for layer, matrix in outputs.items()}
         for key, matrix in named.items():
             if self._folder is None:
@@ -71,6 +76,33 @@ class Sensitivity:
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+
+
+def _folded(matrix: np.ndarray) -> np.ndarray:
+    """A symmetric matrix, float32 [K, K], without what lies below the squares of its diagonal: K, then slabs of rows; float32 [n]."""
+    size = len(matrix)
+    slabs = [matrix[start : start + _SQUARE, start:].reshape(-1) for start in range(0, size, _SQUARE)]
+    return np.concatenate([np.array([size], np.float32), *slabs])
+
+
+def _unfolded(folded: np.ndarray, path: Path) -> np.ndarray:
+    """The inverse of `_folded`.
+
+    Raises:
+        CheckpointError: the array is none that `_folded` made.
+    """
+    size = int(folded[0]) if folded.ndim == 1 and len(folded) and np.isfinite(folded[0]) else 0
+    starts = range(0, size, _SQUARE)
+    if size < 1 or len(folded) != 1 + sum((min(start + _SQUARE, size) - start) * (size - start) for start in starts):
+        raise CheckpointError(f"{path.name} must hold a symmetric matrix", f"{folded.size} numbers", _AGAIN.format(path.parent))
+    matrix, position = torch.empty((size, size)), 1
+    for start in starts:
+        stop = min(start + _SQUARE, size)
+        slab = torch.from_numpy(folded[position : position + (stop - start) * (size - start)]).reshape(stop - start, -1)
+        matrix[start:stop, start:] = slab
+        matrix[stop:, start:stop] = slab[:, stop - start :].T
+        position += slab.numel()
+    return matrix.numpy()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -92,8 +124,7 @@ def load_array(path: Path) -> np.ndarray:
     try:
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, EOFError, ValueError) as error:
-        hint = f"delete {path.parent} and run the same command with --resume"
-        raise CheckpointError(f"{path.name} must hold an array", error, hint) from error
+        raise CheckpointError(f"{path.name} must hold an array", error, _AGAIN.format(path.parent)) from error
 
 
 def measure(

@@ -1,0 +1,37 @@
+"""What calibration keeps on disk for an interrupted run: it comes back as it was, and damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+
+from septet.calibration import Sensitivity  # noqa: E402
+from septet.calibration.sensitivity import load_array, save_array  # noqa: E402
+from septet.errors import CheckpointError  # noqa: E402
+
+
+def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "kept.npy"
+    save_array(file, np.arange(1000))
+    content = file.read_bytes()
+    assert np.array_equal(load_array(file), np.arange(1000))
+    for damaged in (b"", content[:70], content[:-1], content.replace(b"(1000,)", b"(1<<9,)"), content.replace(b"1000,", b"10**9")):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="kept.npy must hold an array, got .*; delete .* and run the same command with --resume"):
+            load_array(file)
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 1200])
+def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: Path) -> None:
+    half = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    matrix = half + half.T
+    Sensitivity(tmp_path).put({"g": matrix}, {"l": half[None]})
+    assert np.array_equal(Sensitivity(tmp_path).inputs("g"), matrix) and np.array_equal(Sensitivity(tmp_path).outputs("l"), half[None])
+    for file in tmp_path.glob("*.npy"):
+        save_array(file, load_array(file).reshape(-1)[:-1])
+    with pytest.raises(CheckpointError, match="must hold a symmetric matrix, got .*; delete .* and run the same command with --resume"):
+        Sensitivity(tmp_path).inputs("g")
