@@ -189,6 +189,10 @@ class SeptetLinear(SeptetModule):
         y = operators.linear(x, self._tensors(), self._description(self.activation_scale, self.activations))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def on_gpu(self) -> object:
+        """What the kernels of the GPU keep of this layer, made now or earlier: a `septet.gpu.layers.Layer`."""
+        return operators.gpu_layer(self._tensors(), self._description(self.activation_scale, self.activations))
+
     def extra_repr(self) -> str:
         """The line that print(model) shows."""
         bits = 8 if self.code == "int8" else self.bits_per_pair / 2

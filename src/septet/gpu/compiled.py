@@ -25,7 +25,10 @@ __all__ = [
     "layer_kernel",
     "levels_kernel",
     "product_kernel",
+    "processors_of",
     "source_of",
+    "token_kernel",
+    "token_source",
     "trellis_source",
     "warps_of",
     "workers_of",
@@ -98,7 +101,8 @@ def _architecture(device: int) -> str:
 
 
 @cache
-def _processors(device: int) -> int:
+def processors_of(device: int) -> int:
+    """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -132,6 +136,35 @@ def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
     return load_kernel(compile_source(source, _options(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
 
 
+def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places: int = 4) -> str:
+    """Everything that takes a token through the layers of a decoder.
+
+    Args:
+        bits: bits per pair.
+        dtype: of norms, biases and cache.
+        head: numbers of an attention head.
+        queries: query heads of a key-value head.
+        places: as in decode.cu.
+    """
+    macros = f"#define HEAD {head}\n#define QUERIES {queries}\n"
+    files = "values.cu", "steps.cu", "attention.cu", "token.cu"
+    return macros + trellis_source(*files, bits=bits, places=places, dtype=DTYPES[dtype])
+
+
+@cache
+def _token_image(device: int, bits: int, dtype: torch.dtype, head: int, queries: int) -> bytes:
+    return compile_source(token_source(bits, dtype, head, queries, _places(device)), _options(device))
+
+
+@cache
+def token_kernel(device: int, name: str, types: tuple[type, ...], variant: tuple[int, torch.dtype, int, int]) -> Kernel:
+    """A kernel of token.cu; `variant` is what `token_source` needs but for the places."""
+    whole = name == "decode_token"
+    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2 if whole else 0
+    order = "cooperative" if whole else "plain"
+    return load_kernel(_token_image(device, *variant), name, types, 32 * WARPS, shared, order)
+
+
 @cache
 def levels_kernel(device: int, bits: int) -> Kernel:
     places = _places(device)
@@ -148,4 +181,4 @@ def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> 
 
 def workers_of(device: int, units: int, many: bool = False) -> int:
     """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
-    return min(_processors(device) * warps_of(many), units)
+    return min(processors_of(device) * warps_of(many), units)

@@ -21,6 +21,7 @@ _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _MAJOR_CAPABILITY = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_A_SHARED_MEMORY_CALL = 48 << 10
 # of cuTensorMapEncodeTiled: bytes; no interleaving; 128 bytes a row, swizzled; lines of 256 bytes in the L2; zeros outside
@@ -141,13 +142,13 @@ class Kernel:
         types: the ctypes type of each parameter, in order.
         threads: of a block.
         shared: bytes of dynamic shared memory.
-        overlapping: whether a launch may begin while the one before it ends.
+        attribute: of a launch: that it may begin while the one before it ends, or that all its blocks run at the same time; 0 is none.
     """
 
-    def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int, overlapping: bool) -> None:
+    def __init__(self, function: ctypes.c_void_p, types: tuple[type, ...], threads: int, shared: int, attribute: int) -> None:
         self._function, self._types, self._threads, self._shared = function, types, threads, shared
-        self._attributes = int(overlapping)
-        self._attribute = _Attribute(kind=_PROGRAMMATIC, value=1)
+        self._attributes = int(attribute != 0)
+        self._attribute = _Attribute(kind=attribute, value=1)
 
     def launch(self, grid: tuple[int, int], stream: int, *arguments: int | float | ctypes.Structure | None) -> None:
         """Put a launch into a stream.
@@ -193,13 +194,15 @@ def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> Tensor
     return TensorMap.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(TensorMap)))
 
 
-def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, shared: int = 0) -> Kernel:
+def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, shared: int = 0, order: str = "overlapping") -> Kernel:
     """A kernel of a compiled image, in the current context.
 
     Args:
         image: from `compile_source`.
         name: of an extern "C" function.
         types, threads, shared: as for `Kernel`.
+        order: "overlapping": a launch may begin while the one before it ends, where the device can do that; "cooperative": all its blocks
+            run at the same time; "plain".
 
     Raises:
         BackendUnavailableError: the driver refuses.
@@ -211,4 +214,7 @@ def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, 
         _check_driver(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, shared), "cuFuncSetAttribute")
     device = ctypes.c_int()
     _check_driver(driver.cuCtxGetDevice(ctypes.byref(device)), "cuCtxGetDevice")
-    return Kernel(function, types, threads, shared, _attribute_of(device.value, _MAJOR_CAPABILITY) >= 9)
+    attribute = {"overlapping": _PROGRAMMATIC, "cooperative": _COOPERATIVE, "plain": 0}[order]
+    if order == "overlapping" and _attribute_of(device.value, _MAJOR_CAPABILITY) < 9:
+        attribute = 0
+    return Kernel(function, types, threads, shared, attribute)

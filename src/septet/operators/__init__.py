@@ -8,6 +8,6 @@ Inference only: no gradient flows through them.
 from septet.operators.description import LayerDescription
 from septet.operators.embedding import embedding
 from septet.operators.linear import dequantize, linear
-from septet.operators.prepared import forget_prepared
+from septet.operators.prepared import forget_prepared, gpu_layer
 
-__all__ = ["LayerDescription", "dequantize", "embedding", "forget_prepared", "linear"]
+__all__ = ["LayerDescription", "dequantize", "embedding", "forget_prepared", "gpu_layer", "linear"]
