@@ -1,22 +1,26 @@
 """Whole models on a GPU, one token at a time in a CUDA graph.
 
     python benchmarks/gpu_model.py text MODEL REFERENCE.json   greedy text with float activations beside another device's
-    python benchmarks/gpu_model.py shaped                      random weights in the shapes of an 8B model: bf16 and 3.5 bits
+    python benchmarks/gpu_model.py shaped [RESULTS.csv]        random weights in the shapes of an 8B model: bf16 and 3.5 bits
 
 REFERENCE.json: prompt and tokens (ids, the prompt first), gaps (of the two largest logits, one per new token).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from septet.gpu_engine import GpuEngine
 from septet.layer import SeptetLinear
 
 #: Logits of two devices differ by about this much of the largest one.
@@ -130,31 +134,87 @@ def random_linear(inputs: int, outputs: int, bits: int = 7) -> SeptetLinear:
     return layer
 
 
-def shaped() -> None:
-    """Decoding speed of an 8B-shaped Llama, bf16 and packed."""
+def shaped_model() -> LlamaForCausalLM:
+    """An 8B-shaped Llama of random weights."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), torch.inference_mode():
-        model = LlamaForCausalLM(config).eval()
-        speeds = []
-        for name in ("bf16", "3.5 bits, head bf16"):
-            if name != "bf16":
-                for block in model.model.layers:
-                    for parent in (block.self_attn, block.mlp):
-                        for key, child in list(parent.named_children()):
-                            if isinstance(child, torch.nn.Linear):
-                                setattr(parent, key, random_linear(child.in_features, child.out_features))
-            decoder = Decoder(model, 512)
-            decoder.prefill([1, 2, 3])
-            speeds.append(decoder.tokens_per_second(100))
-            memory = torch.cuda.memory_allocated() / 1e9
-            print(f"8B-shaped, {name}: {speeds[-1]:.1f} tok/s ({speeds[-1] / speeds[0]:.2f} x), {memory:.1f} GB", flush=True)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def pack(model: LlamaForCausalLM) -> None:
+    """Put packed layers of random bytes in the places of the dense ones."""
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for key, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, key, random_linear(child.in_features, child.out_features))
+
+
+def engine_speed(engine: GpuEngine, position: int, rounds: int = 5, steps: int = 30) -> float:
+    """Median tokens per second of some rounds of greedy steps."""
+    speeds = []
+    for _ in range(rounds):
+        engine.kernel.position.fill_(position)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(steps):
+            engine.step()
+        end.record()
+        end.synchronize()
+        speeds.append(steps / begin.elapsed_time(end) * 1e3)
+    return statistics.median(speeds)
+
+
+def decoder_speed(model: LlamaForCausalLM, position: int) -> float:
+    """The same through transformers: static cache, CUDA graph."""
+    decoder = Decoder(model, 512)
+    decoder.prefill([1, 2, 3])
+    return decoder.tokens_per_second(position)
+
+
+def compiled_speed(model: LlamaForCausalLM, position: int) -> float:
+    """The same with every layer compiled by torch.compile, which finds one program for all of them."""
+    for block in model.model.layers:
+        block.compile()
+    speed = decoder_speed(model, position)
+    for block in model.model.layers:
+        block._compiled_call_impl = None
+    return speed
+
+
+@torch.inference_mode()
+def shaped(out: Path | None, position: int = 100) -> None:
+    """Decoding speed of an 8B-shaped Llama, bf16 and packed."""
+    model, rows = shaped_model(), []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
+    machine |= {"commit": commit, "command": " ".join(["python", *sys.argv])}
+
+    def report(name: str, speed: float) -> None:
+        memory, ratio = torch.cuda.memory_allocated() / 1e9, speed / (rows[0]["tokens_per_second"] if rows else speed)
+        rows.append({"name": name, "tokens_per_second": round(speed, 1), "of_bf16": round(ratio, 2), "gb": round(memory, 1)} | machine)
+        print(f"8B-shaped, {name}: {speed:.1f} tok/s ({ratio:.2f} x), {memory:.1f} GB", flush=True)
+
+    report("bf16, transformers", decoder_speed(model, position))
+    report("bf16, transformers with torch.compile", compiled_speed(model, position))
+    pack(model)
+    report("3.5 bits, transformers", decoder_speed(model, position))
+    engine = GpuEngine(model)
+    report("3.5 bits, one launch a token", engine_speed(engine, position))
+    engine = GpuEngine(model, 8192)
+    report("3.5 bits, one launch a token, 8000 tokens before it", engine_speed(engine, 8000))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["shaped"]:
-        shaped()
+    if sys.argv[1:2] == ["shaped"] and len(sys.argv) <= 3:
+        shaped(Path(sys.argv[2]) if len(sys.argv) == 3 else None)
     elif sys.argv[1:2] == ["text"] and len(sys.argv) == 4:
         text(sys.argv[2], Path(sys.argv[3]))
     else:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from septet.engine import Engine
+    from septet.gpu_engine import GpuEngine
 
-    Model = PreTrainedModel | Engine
+    Model = PreTrainedModel | Engine | GpuEngine
     AnyTokenizer = PreTrainedTokenizerBase | Tokenizer
 
 __all__ = ["ENGINES", "Completion", "Sampling", "chat_prompt", "complete", "encode", "generate_tokens", "load", "measure_speed"]
@@ -52,6 +53,7 @@ def load(
     activations: str | None = None,
     engine: str = "auto",
     on_fallback: Callable[[UnsupportedModelError], None] | None = None,
+    device: str = "cpu",
 ) -> tuple[Model, AnyTokenizer]:
     """Load a model and its tokenizer for generation.
 
@@ -60,17 +62,22 @@ def load(
         activations: "int8" or "float" for a septet directory; None is what the checkpoint asks for.
         engine: "native", "transformers", or "auto": the native engine where it knows the model.
         on_fallback: called with the reason when "auto" goes through transformers.
+        device: "cpu", or a GPU of torch, "cuda" or "cuda:N", where "auto" takes `septet.gpu_engine` where that knows the model.
 
     Returns:
-        (model, tokenizer): `septet.engine.Engine` and `Tokenizer`, or those of transformers, the model in its own dtype.
+        (model, tokenizer): `septet.engine.Engine` and `Tokenizer`, or those of transformers, the model in its own dtype; or a `GpuEngine`.
 
     Raises:
         CheckpointError, UnsupportedModelError, OptionError: as `Engine.load` and `septet.loading.load_model`.
-        OptionError: `engine` is unknown.
+        OptionError: `engine` is unknown, or "native" for a GPU.
     """
     path = Path(directory)
     if engine not in ENGINES:
         raise OptionError(f"engine must be one of {', '.join(ENGINES)}", engine, "choose one of them")
+    if device != "cpu":
+        if engine == "native":
+            raise OptionError("on a GPU, engine must be auto or transformers", engine, "leave it out, or use device cpu")
+        return _load_on_gpu(path, activations, device, on_fallback if engine == "auto" else None)
     if engine != "transformers":
         try:
             return _load_native(path, activations)
@@ -177,23 +184,24 @@ def generate_tokens(model: Model, prompt_ids: list[int], sampling: Sampling, sto
     Raises:
         OptionError: the prompt is empty or does not fit.
     """
-    if hasattr(model, "next_logits"):  # an Engine, whose class needs the native extension
+    if hasattr(model, "next_logits"):  # an engine, whose class needs the native extension or a GPU
         yield from model.generate(prompt_ids, sampling, stop)
         return
     import torch
 
     room = _room(model, len(prompt_ids))
     sampler = Sampler(sampling, prompt_ids)
-    tokens, cache = torch.tensor([prompt_ids]), None
+    device = getattr(model, "device", None)
+    tokens, cache = torch.tensor([prompt_ids], device=device), None
     for _ in range(min(sampling.max_new_tokens, room)):
         # A generator must not hold inference_mode across a yield: it would leak into the caller.
         with torch.inference_mode():
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            token = sampler.draw(output.logits[0, -1].float().numpy())
+            token = sampler.draw(output.logits[0, -1].float().cpu().numpy())
         if token in stop:
             return
         yield token
-        tokens, cache = torch.tensor([[token]]), output.past_key_values
+        tokens, cache = torch.tensor([[token]], device=device), output.past_key_values
 
 
 def measure_speed(model: Model, prompt_ids: list[int], new_tokens: int = 32) -> float:
@@ -227,6 +235,24 @@ def _load_native(path: Path, activations: str | None) -> tuple[Engine, Tokenizer
 
     tokenizer = Tokenizer(path)
     return Engine.load(path, activations), tokenizer
+
+
+def _load_on_gpu(
+    path: Path, activations: str | None, device: str, on_fallback: Callable[[UnsupportedModelError], None] | None
+) -> tuple[Model, AnyTokenizer]:
+    """A model on a GPU, decoding with one launch per token where possible; with no `on_fallback`, through transformers in any case."""
+    from septet.loading import load_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(path), load_model(path, "auto", activations).to(device)
+    if on_fallback is None:
+        return model, tokenizer
+    from septet.gpu_engine import GpuEngine
+
+    try:
+        return GpuEngine(model), tokenizer
+    except UnsupportedModelError as error:
+        on_fallback(error)
+        return model, tokenizer
 
 
 def _room(model: PreTrainedModel, prompt_length: int) -> int:

@@ -30,12 +30,13 @@ def chat(
     repetition_penalty: options.PenaltyOption = 1.0,
     activations: options.ActivationOption = None,
     engine: options.EngineOption = options.EngineChoice.auto,
+    device: options.DeviceOption = "cpu",
 ) -> None:
     """Talk to a model: each line is a message, an empty line or end of file ends the conversation."""
     from septet import generate
 
     sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    model, tokenizer = load(directory, activations, engine)
+    model, tokenizer = load(directory, activations, engine, device)
     conversation = [{"role": "system", "content": system}] if system else []
     for line in [message] if message is not None else _lines():
         conversation.append({"role": "user", "content": line})

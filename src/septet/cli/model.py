@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from septet.cli.device import check_device
 from septet.cli.options import Activations, EngineChoice
 from septet.cli.output import note, quiet_libraries
 from septet.errors import SeptetError
@@ -11,13 +12,14 @@ from septet.errors import SeptetError
 __all__ = ["load"]
 
 
-def load(directory: Path, activations: Activations | None, engine: EngineChoice) -> tuple:
+def load(directory: Path, activations: Activations | None, engine: EngineChoice, device: str = "cpu") -> tuple:
     """(model, tokenizer) of `septet.generate.load`; a line on stderr says why "auto" goes through transformers."""
     from septet import generate
 
-    if engine is EngineChoice.transformers:
+    check_device(device)
+    if engine is EngineChoice.transformers or device != "cpu":
         quiet_libraries()
-    return generate.load(directory, activations and activations.value, engine.value, _note_fallback)
+    return generate.load(directory, activations and activations.value, engine.value, _note_fallback, device)
 
 
 def _note_fallback(reason: SeptetError) -> None:

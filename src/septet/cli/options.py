@@ -11,6 +11,7 @@ import typer
 __all__ = [
     "ActivationOption",
     "Activations",
+    "DeviceOption",
     "EngineChoice",
     "EngineOption",
     "JsonOption",
@@ -50,4 +51,5 @@ TopPOption = Annotated[float, typer.Option(help="Draw among the likeliest tokens
 MinPOption = Annotated[float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest.")]
 PenaltyOption = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens already in the text become less likely.")]
 EngineOption = Annotated[EngineChoice, typer.Option("--engine", help="auto: the native engine where it knows the model.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N: where the model runs.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]

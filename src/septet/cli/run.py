@@ -27,13 +27,14 @@ def run(
     repetition_penalty: options.PenaltyOption = 1.0,
     activations: options.ActivationOption = None,
     engine: options.EngineOption = options.EngineChoice.auto,
+    device: options.DeviceOption = "cpu",
     as_json: options.JsonOption = False,
 ) -> None:
     """Complete a prompt."""
     from septet import generate
 
     sampling = generate.Sampling(max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    model, tokenizer = load(directory, activations, engine)
+    model, tokenizer = load(directory, activations, engine, device)
     if as_json:
         completion = generate.complete(model, tokenizer, prompt, sampling)
         print_json({

@@ -27,6 +27,8 @@ _GROUP_ROWS = 4
 _HEADS = (32, 64, 128)
 #: Query heads that share a block of threads.
 _QUERIES = 4
+#: Inputs of a product that fit into shared memory beside sums.
+_MOST_INPUTS = 49152
 _HINT = "run this model through transformers"
 
 
@@ -118,6 +120,7 @@ def check_blocks(blocks: list[Block], sizes: Sizes) -> None:
         (all(layer.input_block in (64, 128, 256) for layer in layers), "its input blocks must be 64, 128 or 256", "others"),
         (all(layer.segment == layer.input_block for layer in layers), "it must have an activation scale per block", "one per token"),
         (all(layer.output_block <= _CHUNK for layer in layers), "its output blocks must be at most 256", "larger ones"),
+        (all(layer.inputs <= _MOST_INPUTS for layer in layers), f"its layers must have at most {_MOST_INPUTS} inputs", "more"),
         (all(layer.outputs % 8 == 0 for layer in layers), "its outputs must come in multiples of 8", "others"),
         (sizes.head in _HEADS, f"its heads must have {_HEADS} numbers", sizes.head),
         (sizes.heads % sizes.kv_heads == 0, "each key-value head must have as many query heads", f"{sizes.heads} and {sizes.kv_heads}"),
@@ -258,7 +261,9 @@ class TokenKernel:
 
     def _token(self, first: int, last: int) -> _Token:
         sizes = self._sizes
-        token = _Token(first=first, last=last, hidden_size=sizes.hidden, heads=sizes.heads, kv_heads=sizes.kv_heads, length=sizes.length, one=1)
+        token = _Token(
+            first=first, last=last, hidden_size=sizes.hidden, heads=sizes.heads, kv_heads=sizes.kv_heads, length=sizes.length, one=1
+        )
         token.steps, token.epsilon, token.scaling = self._steps.data_ptr(), sizes.epsilon, sizes.scaling
         for name, tensors in self._work.items():
             addresses = [tensor.data_ptr() for tensor in tensors]

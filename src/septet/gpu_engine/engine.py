@@ -36,6 +36,8 @@ class GpuEngine:
     Attributes:
         model: the same.
         context: most tokens of a text.
+        kernel: with the cache of the text.
+        logits: float32 [vocabulary] on the GPU, after the last step.
 
     Raises:
         UnsupportedModelError: the decode kernel does not know such a model.
@@ -100,13 +102,20 @@ class GpuEngine:
             # A generator must not hold inference_mode across a yield: it would leak into the caller.
             with torch.inference_mode():
                 if index == 0 or not greedy:
-                    self._token.fill_(token)
-                self.step()
+                    self.give(token)
+                else:
+                    self.step()
                 token = int(self._token) if greedy else sampler.draw(self.logits.cpu().numpy())
 
     def step(self) -> None:
         """One more token, the one that was likeliest after the last: replays the graph. `logits` are then those that follow."""
         self._graph.replay()
+
+    @torch.inference_mode()
+    def give(self, token: int) -> None:
+        """One more token of a text; `logits` are then those that follow."""
+        self._token.fill_(token)
+        self.step()
 
     def _check(self, prompt: Sequence[int]) -> None:
         if not 0 < len(prompt) < self.context:
