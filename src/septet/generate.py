@@ -77,7 +77,7 @@ def load(
     if device != "cpu":
         if engine == "native":
             raise OptionError("on a GPU, engine must be auto or transformers", engine, "leave it out, or use device cpu")
-        return _load_on_gpu(path, activations, device, on_fallback if engine == "auto" else None)
+        return _load_on_gpu(path, activations, engine, on_fallback, device)
     if engine != "transformers":
         try:
             return _load_native(path, activations)
@@ -238,21 +238,21 @@ def _load_native(path: Path, activations: str | None) -> tuple[Engine, Tokenizer
 
 
 def _load_on_gpu(
-    path: Path, activations: str | None, device: str, on_fallback: Callable[[UnsupportedModelError], None] | None
+    path: Path, activations: str | None, engine: str, on_fallback: Callable[[UnsupportedModelError], None] | None, device: str
 ) -> tuple[Model, AnyTokenizer]:
-    """A model on a GPU, decoding with one launch per token where possible; with no `on_fallback`, through transformers in any case."""
+    """A model on a GPU, with "auto" as a `GpuEngine` where that knows the model."""
     from septet.loading import load_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(path), load_model(path, "auto", activations).to(device)
-    if on_fallback is None:
-        return model, tokenizer
-    from septet.gpu_engine import GpuEngine
+    if engine == "auto":
+        from septet.gpu_engine import GpuEngine
 
-    try:
-        return GpuEngine(model), tokenizer
-    except UnsupportedModelError as error:
-        on_fallback(error)
-        return model, tokenizer
+        try:
+            return GpuEngine(model), tokenizer
+        except UnsupportedModelError as error:
+            if on_fallback is not None:
+                on_fallback(error)
+    return model, tokenizer
 
 
 def _room(model: PreTrainedModel, prompt_length: int) -> int:
