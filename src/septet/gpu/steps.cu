@@ -1,10 +1,14 @@
 // The linear layers of one token, as steps of `decode_token`. Follows decode.cu (FLOAT 0, TILES_OF_8 1) and values.cu.
 //
 // A step multiplies the rounded inputs of a product with the weights of up to three layers that share them. Blocks of threads divide its
-// units of weights evenly; a row's sums come from two or three blocks, through slots. The warp that brings the last sum of a group of 256
-// outputs rotates and scales it and makes of it what comes next, up to the rounded inputs of the next product: a norm's division by the
-// root mean square can wait until that product is done, because rounding does not depend on the scale. So nothing is left to do
-// between one product and the next.
+// units of weights evenly; a row's sums come from a few blocks. For each group of 256 outputs one warp waits for all its sums, rotates and
+// scales them and makes of them what comes next, up to the rounded inputs of the next product: a norm's division by the root mean
+// square can wait until that product is done, because rounding does not depend on the scale. So nothing is left to do between one
+// product and the next.
+//
+// Blocks hand each other numbers in words of 64 bits: 32 bits of number, and the tag of the step that wrote them. Whoever needs a word
+// reads it until it has the tag; no fence, no flag. A word is written again only by steps that need, through others, what its readers made
+// of it.
 
 constexpr int kAttention = 0, kPlain = 1, kResidual = 2, kGated = 3;
 constexpr int kGroupRows = kChunk / 64;
@@ -17,52 +21,99 @@ struct Step {
     const u16* input_scale;          // of the product that comes next, or null after the last
     const Value* head_norms[2];      // of queries and keys, or null
     Value *keys, *values;            // of the cache
-    int kind, units, rows, parts, segment_shift, output_block, input_block, groups_before;
+    int kind, units, rows, parts, segment_shift, output_block, input_block, groups;
     int part_rows[3], part_outputs[3];
     float output_normal, input_normal;
 };
 
 struct Token {
     const Step* steps;
-    float *hidden, *projected, *square_sums;   // residual stream; queries, keys and values; sums of squares of its groups
-    i8* inputs[2];                             // rounded: of products behind a norm, and of the others
-    float* scales[2];
-    float* slots;
-    u32 *counters, *progress;                  // of groups, zero between steps; finished groups of this token
-    float *partial, *weights_of_partial;       // of attention
+    float* hidden;                             // residual stream
+    u64 *projected, *square_sums;              // words: queries, keys and values; sums of squares of the stream's groups
+    u64* inputs[2];                            // words of four int8: inputs of products behind a norm, and of the others
+    u64* scales[2];                            // words
+    u64 *slots, *partial, *weights_of_partial; // words: sums of products; of attention
+    u32* tag;                                  // of the beginning; step i writes words with tag + i + 1
     const int* position;
     const float *cosines, *sines;              // [positions][HEAD / 2]
     int first, last, hidden_size, heads, kv_heads, length, one;
     float epsilon, scaling;
 };
 
-__device__ __forceinline__ void wait_for_groups(const Token& t, u32 wanted) {
-    if (threadIdx.x == 0) {
-        u32 seen = 0;
-        // a block that never comes must not hang the device: after some seconds the launch fails
-        for (int i = 0; i < 1 << 24 && seen < wanted; i++) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(t.progress) : "memory");
-        if (seen < wanted) __trap();
-    }
-    __syncthreads();
+__device__ __forceinline__ u64 word_of(u32 number, u32 tag) { return (u64)tag << 32 | number; }
+
+struct Two {
+    u64 a, b;
+
+    __device__ __forceinline__ bool has(u32 tag) const { return (u32)(a >> 32) == tag && (u32)(b >> 32) == tag; }
+};
+
+__device__ __forceinline__ u64 word_at(const u64* p) {
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(p) : "memory");
+    return word;
 }
 
-// Says that this warp has finished a group, after everything that its lanes have written.
-__device__ __forceinline__ void finish_group(const Token& t, int group, int lane) {
-    __syncwarp();
-    if (lane == 0) {
-        t.counters[group] = 0;
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(t.progress) : "memory");
-    }
+__device__ __forceinline__ Two two_at(const u64* p) {
+    Two two;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(two.a), "=l"(two.b) : "l"(p) : "memory");
+    return two;
 }
 
-// Whether this warp brings the last of what a group waits for.
-__device__ __forceinline__ bool completes(const Token& t, int group, int expected, int lane) {
-    int before = 0;
-    __syncwarp();
-    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(t.counters + group) : "memory");
-    before = __shfl_sync(~0u, before, 0);
-    __syncwarp();
-    return before + 1 == expected;
+__device__ __forceinline__ void put(u64* p, u32 number, u32 tag) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(p), "l"(word_of(number, tag)) : "memory");
+}
+
+__device__ __forceinline__ void put_two(u64* p, u32 first, u32 second, u32 tag) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" :: "l"(p), "l"(word_of(first, tag)), "l"(word_of(second, tag)) : "memory");
+}
+
+// Counts vain attempts: what never comes must not hang the device, so after some seconds the launch fails.
+struct Patience {
+    int left = 1 << 23;
+
+    __device__ __forceinline__ void again() {
+        if (--left == 0) __trap();
+    }
+};
+
+__device__ __forceinline__ float await_number(const u64* p, u32 tag) {
+    Patience patience;
+    u64 word = word_at(p);
+    while ((u32)(word >> 32) != tag) patience.again(), word = word_at(p);
+    return __uint_as_float((u32)word);
+}
+
+// Eight floats for each of up to `kAtATime` places at once, in order; `use` gets them. `at` tells where place i is.
+template <int kAtATime, class At, class Use>
+__device__ __forceinline__ void await_eights(int from, int to, u32 tag, At at, Use use) {
+    Patience patience;
+    for (int first = from; first <= to; first += kAtATime) {
+        Two two[kAtATime][4];
+        for (bool missing = true; missing; patience.again()) {
+            missing = false;
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++)
+                if (first + i <= to) {
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) two[i][j] = two_at(at(first + i) + 2 * j);
+                }
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++)
+                if (first + i <= to) {
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) missing |= !two[i][j].has(tag);
+                }
+        }
+        #pragma unroll
+        for (int i = 0; i < kAtATime; i++)
+            if (first + i <= to) {
+                float v[8];
+                #pragma unroll
+                for (int j = 0; j < 4; j++) v[2 * j] = __uint_as_float((u32)two[i][j].a), v[2 * j + 1] = __uint_as_float((u32)two[i][j].b);
+                use(first + i, v);
+            }
+    }
 }
 
 __device__ __forceinline__ float sum_of_lanes(float v) {
@@ -72,9 +123,9 @@ __device__ __forceinline__ float sum_of_lanes(float v) {
 }
 
 // 1 / root mean square of the residual stream.
-__device__ __forceinline__ float norm_factor(const Token& t, int lane) {
+__device__ __forceinline__ float norm_factor(const Token& t, u32 tag, int lane) {
     float sum = 0;
-    for (int i = lane; i * kChunk < t.hidden_size; i += 32) sum += __ldcg(t.square_sums + i);
+    for (int i = lane; i * kChunk < t.hidden_size; i += 32) sum += await_number(t.square_sums + i, tag);
     return rsqrtf(sum_of_lanes(sum) / t.hidden_size + t.epsilon);
 }
 
@@ -99,7 +150,7 @@ struct Rounder {
         : k(chunk * kChunk + lane * 8), inside(k < size), any(input_scale), scale(input_scale + k, inside && any) {}
 
     // Into buffer `which`.
-    __device__ __forceinline__ void give(const Token& t, int which, float (&v)[8], int block, float normal, int lane) const {
+    __device__ __forceinline__ void give(const Token& t, int which, u32 tag, float (&v)[8], int block, float normal, int lane) const {
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = inside ? v[i] * of_half(scale.of[i]) : 0.f;
         rotate_chunk(v, block, normal, lane);
@@ -108,8 +159,8 @@ struct Rounder {
         u32 packed[2] = {0, 0};
         #pragma unroll
         for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
-        *(uint2*)(t.inputs[which] + k) = make_uint2(packed[0], packed[1]);
-        if (k % block == 0) t.scales[which][k / block] = rounding.scale;
+        put_two(t.inputs[which] + k / 4, packed[0], packed[1], tag);
+        if (k % block == 0) put(t.scales[which] + k / block, __float_as_uint(rounding.scale), tag);
     }
 };
 
@@ -121,12 +172,12 @@ struct Stream {
     __device__ __forceinline__ Stream(const Token& t, const Value* norm, const u16* input_scale, int chunk, int lane)
         : rounder(input_scale, chunk, t.hidden_size, lane), norm(norm + rounder.k, rounder.inside && rounder.any) {}
 
-    __device__ __forceinline__ void give(const Token& t, float (&v)[8], int chunk, int block, float normal, int lane) const {
+    __device__ __forceinline__ void give(const Token& t, u32 tag, float (&v)[8], int chunk, int block, float normal, int lane) const {
         float squares = 0;
         #pragma unroll
         for (int i = 0; i < 8; i++) squares += v[i] * v[i];
         squares = sum_of_lanes(squares);
-        if (lane == 0) t.square_sums[chunk] = squares;
+        if (lane == 0) put(t.square_sums + chunk, __float_as_uint(squares), tag);
         if (rounder.inside) {
             ((float4*)(t.hidden + rounder.k))[0] = make_float4(v[0], v[1], v[2], v[3]);
             ((float4*)(t.hidden + rounder.k))[1] = make_float4(v[4], v[5], v[6], v[7]);
@@ -134,32 +185,24 @@ struct Stream {
         if (!rounder.any) return;
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] *= read(norm.of[i]);
-        rounder.give(t, 0, v, block, normal, lane);
+        rounder.give(t, 0, tag, v, block, normal, lane);
     }
 };
 
 struct Place {
-    int part, row, group, first;   // row in its part; first row of the group among all rows of the step
+    int part, row;
 };
 
-// Where a row of a step belongs. Gated steps take four rows of gate, four of up, and so on: a group is both.
+// Where a row of a step belongs. Gated steps take four rows of gate, four of up, and so on.
 __device__ __forceinline__ Place place_of(const Step& s, int row) {
     if (s.kind == kGated) {
-        const int group = row / (2 * kGroupRows), within = row % (2 * kGroupRows), half = min(kGroupRows, s.part_rows[0] - kGroupRows * group);
+        const int first = row / (2 * kGroupRows) * kGroupRows, within = row - 2 * first, half = min(kGroupRows, s.part_rows[0] - first);
         const int part = within >= half;
-        return {part, kGroupRows * group + within - part * half, group, row - within};
+        return {part, first + within - part * half};
     }
-    int part = 0, group = 0, in_part = row;
-    while (part + 1 < s.parts && in_part >= s.part_rows[part]) {
-        in_part -= s.part_rows[part];
-        group += (s.part_rows[part] + kGroupRows - 1) / kGroupRows;
-        part++;
-    }
-    return {part, in_part, group + in_part / kGroupRows, row - in_part % kGroupRows};
-}
-
-__device__ __forceinline__ int rows_of(const Step& s, const Place& p) {
-    return min(kGroupRows, s.part_rows[p.part] - p.row / kGroupRows * kGroupRows);
+    int part = 0;
+    while (part + 1 < s.parts && row >= s.part_rows[part]) row -= s.part_rows[part++];
+    return {part, row};
 }
 
 __device__ __forceinline__ const u32* unit_words(const Step& s, int row, int unit) {
@@ -167,7 +210,22 @@ __device__ __forceinline__ const u32* unit_words(const Step& s, int row, int uni
     return s.weights[p.part] + ((size_t)p.row * s.units + unit) * kUnitWords;
 }
 
-// Blocks of threads [from, to] have units of a row.
+// Up to 256 outputs that one warp finishes: rows of a part, or of gate and as many of up.
+struct Group {
+    int part, chunk, first, count;   // chunk of the part; first row among those of the step; rows of the part
+
+    __device__ __forceinline__ Group(const Step& s, int group) : part(0), chunk(group), first(0) {
+        if (s.kind != kGated)
+            for (int chunks; chunks = (s.part_rows[part] + kGroupRows - 1) / kGroupRows, chunk >= chunks; chunk -= chunks) first += s.part_rows[part++];
+        first += chunk * kGroupRows * (s.kind == kGated ? 2 : 1);
+        count = min(kGroupRows, s.part_rows[part] - chunk * kGroupRows);
+    }
+};
+
+// The first of `groups` that the warps of a block finish; those of the next block follow.
+__device__ __forceinline__ int first_group(int groups, int block) { return (block * groups + (int)gridDim.x - 1) / (int)gridDim.x; }
+
+// The block of threads that has a unit.
 __device__ __forceinline__ int block_at(u32 unit, u32 all) { return ((unit + 1) * gridDim.x - 1) / all; }
 
 // The outputs of up to four rows, a chunk of a part, 8 of a lane.
@@ -182,20 +240,19 @@ struct Outputs {
           bias(s.bias[part] + o, inside && s.bias[part]) {}
 
     // Sums of rows first .. first + count - 1, rotated, scaled and times `factor`.
-    __device__ __forceinline__ void finish(float (&v)[8], const Token& t, const Step& s, int first, int count, float factor, int lane) const {
+    __device__ __forceinline__ void finish(float (&v)[8], const Token& t, const Step& s, u32 tag, int first, int count, float factor, int lane) const {
         const int row = first + lane / 8;
         const u32 all = s.rows * s.units;
         const bool mine = lane / 8 < count;
         const int from = mine ? block_at(row * s.units, all) : 0, to = mine ? block_at((row + 1) * s.units - 1, all) : -1;
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = 0;
-        #pragma unroll 4
-        for (int block = from; block <= to; block++) {
-            const float4* slot = (const float4*)(t.slots + (size_t)(block + row) * 64 + lane % 8 * 8);
-            const float4 low = __ldcg(slot), high = __ldcg(slot + 1);
-            v[0] += low.x; v[1] += low.y; v[2] += low.z; v[3] += low.w;
-            v[4] += high.x; v[5] += high.y; v[6] += high.z; v[7] += high.w;
-        }
+        const auto at = [&](int block) { return t.slots + (size_t)(block + row) * 64 + lane % 8 * 8; };
+        await_eights<2>(from, to, tag, at, [&](int, const float (&sum)[8]) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) v[i] += sum[i];
+        });
+        __syncwarp();
         rotate_chunk(v, s.output_block, s.output_normal, lane);
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = v[i] * of_half(scale.of[i]) * factor + read(bias.of[i]);
@@ -203,62 +260,61 @@ struct Outputs {
 };
 
 // What becomes of a group's sums: queries, keys and values for attention,
-__device__ __forceinline__ void use_plain(const Token& t, const Step& s, const Place& p, int lane) {
-    const Outputs outputs(s, p.part, p.row / kGroupRows, lane);
-    const float factor = norm_factor(t, lane);
+__device__ __forceinline__ void use_plain(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
+    const Outputs outputs(s, g.part, g.chunk, lane);
+    const float factor = norm_factor(t, tag - 1, lane);
     float v[8];
-    outputs.finish(v, t, s, p.first, rows_of(s, p), factor, lane);
-    float* to = t.projected + outputs.o;
-    for (int part = 0; part < p.part; part++) to += s.part_outputs[part];
+    outputs.finish(v, t, s, tag, g.first, g.count, factor, lane);
+    u64* to = t.projected + outputs.o;
+    for (int part = 0; part < g.part; part++) to += s.part_outputs[part];
     if (!outputs.inside) return;
-    ((float4*)to)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    ((float4*)to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    #pragma unroll
+    for (int i = 0; i < 8; i += 2) put_two(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), tag);
 }
 
-// or what the residual stream gains,
-__device__ __forceinline__ void use_residual(const Token& t, const Step& s, const Place& p, int lane) {
-    const int chunk = p.row / kGroupRows;
-    const Outputs outputs(s, 0, chunk, lane);
-    const Stream stream(t, s.norm, s.input_scale, chunk, lane);
+// or what the residual stream gains, whose groups are always finished by the same warp,
+__device__ __forceinline__ void use_residual(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
+    const Outputs outputs(s, 0, g.chunk, lane);
+    const Stream stream(t, s.norm, s.input_scale, g.chunk, lane);
     float v[8], before[8] = {};
     if (outputs.inside) {
-        *(float4*)before = __ldcg((const float4*)(t.hidden + outputs.o));
-        *(float4*)(before + 4) = __ldcg((const float4*)(t.hidden + outputs.o) + 1);
+        *(float4*)before = *(const float4*)(t.hidden + outputs.o);
+        *(float4*)(before + 4) = *((const float4*)(t.hidden + outputs.o) + 1);
     }
-    outputs.finish(v, t, s, p.first, rows_of(s, p), 1.f, lane);
+    outputs.finish(v, t, s, tag, g.first, g.count, 1.f, lane);
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] += before[i];
-    stream.give(t, v, chunk, s.input_block, s.input_normal, lane);
+    stream.give(t, tag, v, g.chunk, s.input_block, s.input_normal, lane);
 }
 
 // or silu(gate) * up.
-__device__ __forceinline__ void use_gated(const Token& t, const Step& s, const Place& p, int lane) {
-    const int chunk = p.row / kGroupRows, count = rows_of(s, p);
-    const Outputs gates(s, 0, chunk, lane), ups(s, 1, chunk, lane);
-    const Rounder rounder(s.input_scale, chunk, s.part_outputs[0], lane);
-    const float factor = norm_factor(t, lane);
+__device__ __forceinline__ void use_gated(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
+    const Outputs gates(s, 0, g.chunk, lane), ups(s, 1, g.chunk, lane);
+    const Rounder rounder(s.input_scale, g.chunk, s.part_outputs[0], lane);
+    const float factor = norm_factor(t, tag - 1, lane);
     float v[8], up[8];
-    gates.finish(v, t, s, p.first, count, factor, lane);
-    ups.finish(up, t, s, p.first + count, count, factor, lane);
+    gates.finish(v, t, s, tag, g.first, g.count, factor, lane);
+    ups.finish(up, t, s, tag, g.first + g.count, g.count, factor, lane);
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = __fdividef(v[i], 1.f + __expf(-v[i])) * up[i];
-    rounder.give(t, 1, v, s.input_block, s.input_normal, lane);
+    rounder.give(t, 1, tag, v, s.input_block, s.input_normal, lane);
 }
 
-// Brings what the end of a row will need closer: nobody has read it since the token before.
-__device__ __forceinline__ void expect_group(const Step& s, int row, int lane) {
-    const Place p = place_of(s, row);
-    const int k = p.row / kGroupRows * kChunk + lane % 4 * 64;
+// Brings what a group will need closer: nobody has read it since the token before.
+__device__ __forceinline__ void expect_group(const Step& s, int group, int lane) {
+    const Group g(s, group);
+    const int k = g.chunk * kChunk + lane % 4 * 64;
     const void* line = nullptr;
-    if (lane < 4) line = s.output_scale[p.part] + k;
+    if (lane < 4) line = s.output_scale[g.part] + k;
     else if (lane < 8 && s.input_scale) line = s.input_scale + k;
-    else if (lane >= 8 && lane < 12 && s.norm) line = s.norm + k;
-    if (line && k < s.part_outputs[p.part]) asm volatile("prefetch.global.L2 [%0];" :: "l"(line));
+    else if (lane < 12 && s.norm) line = s.norm + k;
+    else if (lane < 16 && s.kind == kGated) line = s.output_scale[1] + k;
+    if (line && k < s.part_outputs[g.part]) asm volatile("prefetch.global.L2 [%0];" :: "l"(line));
 }
 
-// Adds what the warps of this block, each with `count / WARPS` of its units, have of a row, and uses the group if nothing else is missing.
-__device__ __forceinline__ void give_row(const Token& t, const Step& s, const float* partial, int row, int first_row, u32 begin, u32 count, int lane) {
-    const u32 all = s.rows * s.units, row_begin = row * s.units, row_end = row_begin + s.units;
+// Adds what the warps of this block, each with `count / WARPS` of its units, have of a row.
+__device__ __forceinline__ void give_row(const Token& t, const Step& s, u32 tag, const float* partial, int row, int first_row, u32 begin, u32 count, int lane) {
+    const u32 row_begin = row * s.units, row_end = row_begin + s.units;
     const int from = row_begin <= begin ? 0 : ((row_begin - begin + 1) * WARPS - 1) / count;
     const int to = row_end >= begin + count ? WARPS - 1 : ((row_end - begin) * WARPS - 1) / count;
     float2 sum = make_float2(0, 0);
@@ -270,36 +326,58 @@ __device__ __forceinline__ void give_row(const Token& t, const Step& s, const fl
         sum.x += two.x;
         sum.y += two.y;
     }
-    *(float2*)(t.slots + (size_t)(blockIdx.x + row) * 64 + 2 * lane) = sum;
-    const Place place = place_of(s, row);
-    const int rows = rows_of(s, place) * (s.kind == kGated ? 2 : 1), other = place.first + lane;
-    int expected = 0;
-    if (lane < rows) expected = block_at((other + 1) * s.units - 1, all) - block_at(other * s.units, all) + 1;
-    expected = __reduce_add_sync(~0u, expected);
-    if (!completes(t, place.group, expected, lane)) return;
-    if (s.kind == kPlain) use_plain(t, s, place, lane);
-    else if (s.kind == kResidual) use_residual(t, s, place, lane);
-    else use_gated(t, s, place, lane);
-    finish_group(t, place.group, lane);
+    put_two(t.slots + (size_t)(blockIdx.x + row) * 64 + 2 * lane, __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
 }
 
-// Shared memory: inputs, scales, sums of the warps.
-__device__ __forceinline__ void product_step(const Token& t, const Step& s, u32* shared, int lane, int warp) {
+// The inputs of a product and their scales, into shared memory: as soon as all of them are there.
+__device__ __forceinline__ void await_inputs(uint2* values, float* scales, const Token& t, int which, u32 tag, int eights, int segments) {
+    constexpr int kThreads = 32 * WARPS, kAtATime = 4;
+    Patience patience;
+    for (int first = threadIdx.x; first < max(eights, segments); first += kThreads * kAtATime) {
+        Two two[kAtATime];
+        u64 scale[kAtATime];
+        for (bool missing = true; missing; patience.again()) {
+            missing = false;
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++) {
+                const int at = first + i * kThreads;
+                if (at < eights) two[i] = two_at(t.inputs[which] + 2 * at);
+                if (at < segments) scale[i] = word_at(t.scales[which] + at);
+            }
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++) {
+                const int at = first + i * kThreads;
+                if (at < eights) missing |= !two[i].has(tag);
+                if (at < segments) missing |= (u32)(scale[i] >> 32) != tag;
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < kAtATime; i++) {
+            const int at = first + i * kThreads;
+            if (at < eights) values[at] = make_uint2((u32)two[i].a, (u32)two[i].b);
+            if (at < segments) scales[at] = __uint_as_float((u32)scale[i]);
+        }
+    }
+}
+
+// Shared memory: inputs, scales, sums of the warps. What the step before has written bears `tag`.
+__device__ __forceinline__ void product_step(const Token& t, const Step& s, u32 tag, u32* shared, int lane, int warp) {
     const u32 all = s.rows * s.units, block_begin = all * blockIdx.x / gridDim.x, count = all * (blockIdx.x + 1) / gridDim.x - block_begin;
     const u32 begin = block_begin + count * warp / WARPS;
     int left = block_begin + count * (warp + 1) / WARPS - begin, row = begin / s.units, unit = begin % s.units;
-    const int which = s.kind == kResidual, segments = s.units + (1 << s.segment_shift) - 1 >> s.segment_shift, segment_mask = (1 << s.segment_shift) - 1;
+    const int segments = s.units + (1 << s.segment_shift) - 1 >> s.segment_shift, segment_mask = (1 << s.segment_shift) - 1;
     const int first_row = block_begin / s.units, last_row = count ? (int)((block_begin + count - 1) / s.units) : first_row - 1;
     u32 w[kWords], next[kWords];
     const u32* at = left ? unit_words(s, row, unit) : nullptr;
     if (left) load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
-    if (first_row + warp <= last_row) expect_group(s, first_row + warp, lane);
+    // the last warps finish groups, since the first have rows to add
+    const int group = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp, last_group = first_group(s.groups, blockIdx.x + 1) - 1;
+    if (group <= last_group) expect_group(s, group, lane);
     uint4* values = (uint4*)shared;
     float *scales = (float*)(values + s.units * 4), *partial = scales + (segments + 3 & ~3);
-    wait_for_groups(t, s.groups_before);
-    if (!count) return;
-    for (int i = threadIdx.x; i < s.units * 4; i += 32 * WARPS) values[i] = __ldcg((const uint4*)t.inputs[which] + i);
-    for (int i = threadIdx.x; i < segments; i += 32 * WARPS) scales[i] = __ldcg(t.scales[which] + i);
+    // warps leave the step before one by one; its shared memory is free when all have
+    __syncthreads();
+    await_inputs((uint2*)values, scales, t, s.kind == kResidual, tag, s.units * 8, segments);
     __syncthreads();
     const Lookup lookup = {address_parts(lane), (u32)t.one};
     const bool has_input = lane < 4;
@@ -333,5 +411,12 @@ __device__ __forceinline__ void product_step(const Token& t, const Step& s, u32*
     }
     __syncthreads();
     #pragma unroll 1
-    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(t, s, partial, r, first_row, block_begin, count, lane);
+    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(t, s, tag + 1, partial, r, first_row, block_begin, count, lane);
+    #pragma unroll 1
+    for (int i = group; i <= last_group; i += WARPS) {
+        const Group g(s, i);
+        if (s.kind == kPlain) use_plain(t, s, tag + 1, g, lane);
+        else if (s.kind == kResidual) use_residual(t, s, tag + 1, g, lane);
+        else use_gated(t, s, tag + 1, g, lane);
+    }
 }

@@ -1,8 +1,8 @@
 // One token through all layers of a decoder in one launch. Follows attention.cu.
 //
-// Blocks of threads fill the device, one for each multiprocessor, and go through the same steps, each of which begins when all groups
-// of the steps before are finished: the level tables stay in shared memory, and the first weights of a step are on their way while the
-// one before still ends. All blocks must run at the same time, so the launch is a cooperative one.
+// Blocks of threads fill the device, one for each multiprocessor, and go through the same steps; each begins as soon as what it reads is
+// there. The level tables stay in shared memory, and the first weights of a step are on their way while the one before still ends. All
+// blocks must run at the same time, so the launch is a cooperative one.
 
 constexpr int kStepWords = sizeof(Step) / 4;
 
@@ -11,18 +11,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 begin_token(const __grid_constant__ Token t, const Value* embedded, const Value* norm, const u16* input_scale, int block, float normal) {
     const int lane = threadIdx.x & 31, chunk = blockIdx.x * WARPS + (threadIdx.x >> 5);
     wait_for_inputs();
-    if (blockIdx.x == 0 && threadIdx.x == 0) *t.progress = 0;
     if (chunk * kChunk >= t.hidden_size) return;
     const Stream stream(t, norm, input_scale, chunk, lane);
     const Eight<Value> raw(embedded + stream.rounder.k, stream.rounder.inside);
     float v[8];
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = read(raw.of[i]);
-    stream.give(t, v, chunk, block, normal, lane);
+    stream.give(t, *t.tag, v, chunk, block, normal, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode_token(const __grid_constant__ Token t) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const u32 tag = *t.tag;
     // three steps, since a warp can still be in the one before when another brings the next; what a step needs follows
     u32 *steps = shared_memory, *rest = steps + (3 * kStepWords + 3 & ~3);
     for (int i = threadIdx.x; i < kStepWords; i += 32 * WARPS) steps[t.first % 3 * kStepWords + i] = ((const u32*)(t.steps + t.first))[i];
@@ -34,19 +34,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode_token(const _
         const Step& s = *(const Step*)(steps + i % 3 * kStepWords);
         if (i + 1 < t.last)
             for (int j = threadIdx.x; j < kStepWords; j += 32 * WARPS) steps[(i + 1) % 3 * kStepWords + j] = ((const u32*)(t.steps + i + 1))[j];
-        if (s.kind == kAttention) attention_step(t, s, rest, lane, warp);
-        else product_step(t, s, rest, lane, warp);
+        if (s.kind == kAttention) attention_step(t, s, tag + i, rest, lane, warp);
+        else product_step(t, s, tag + i, rest, lane, warp);
     }
 }
 
-// The end: the residual stream normalized, and the position moves on. One warp for each 256 numbers.
+// The end: the residual stream normalized. One warp for each 256 numbers.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
-end_token(const __grid_constant__ Token t, const Value* norm, Value* normalized, int* position) {
+end_token(const __grid_constant__ Token t, const Value* norm, Value* normalized, int steps) {
     const int lane = threadIdx.x & 31, k = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * kChunk + lane * 8;
     wait_for_inputs();
-    if (blockIdx.x == 0 && threadIdx.x == 0) *position += 1;
     if (k >= t.hidden_size) return;
-    const float factor = norm_factor(t, lane);
+    const float factor = norm_factor(t, *t.tag + steps, lane);
     #pragma unroll
     for (int i = 0; i < 8; i++) normalized[k + i] = write(t.hidden[k + i] * factor * read(norm[k + i]));
+}
+
+// The next token stands one place further, and its words have other tags.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) next_token(u32* tag, int* position, int steps) {
+    wait_for_inputs();
+    if (threadIdx.x) return;
+    *tag += steps + 1;
+    *position += 1;
 }

@@ -38,7 +38,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _P * 3) for name in ("weights", "output_scale", "bias")),
         *(("norm", _P), ("input_scale", _P), ("head_norms", _P * 2), ("keys", _P), ("values", _P)),
-        *((name, _I) for name in ("kind", "units", "rows", "parts", "segment_shift", "output_block", "input_block", "groups_before")),
+        *((name, _I) for name in ("kind", "units", "rows", "parts", "segment_shift", "output_block", "input_block", "groups")),
         *(("part_rows", _I * 3), ("part_outputs", _I * 3), ("output_normal", _F), ("input_normal", _F)),
     ]
 
@@ -49,7 +49,7 @@ class _Token(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("steps", "hidden", "projected", "square_sums")),
         *(("inputs", _P * 2), ("scales", _P * 2)),
-        *((name, _P) for name in ("slots", "counters", "progress", "partial", "weights_of_partial", "position", "cosines", "sines")),
+        *((name, _P) for name in ("slots", "partial", "weights_of_partial", "tag", "position", "cosines", "sines")),
         *((name, _I) for name in ("first", "last", "hidden_size", "heads", "kv_heads", "length", "one")),
         *(("epsilon", _F), ("scaling", _F)),
     ]
@@ -159,7 +159,8 @@ class TokenKernel:
         variant = blocks[0].down.bits, sizes.dtype, sizes.head, sizes.heads // sizes.kv_heads
         self._begin = compiled.token_kernel(self._device, "begin_token", (_Token, _P, _P, _P, _I, _F), variant)
         self._decode = compiled.token_kernel(self._device, "decode_token", (_Token,), variant)
-        self._end = compiled.token_kernel(self._device, "end_token", (_Token, _P, _P, _P), variant)
+        self._end = compiled.token_kernel(self._device, "end_token", (_Token, _P, _P, _I), variant)
+        self._next = compiled.token_kernel(self._device, "next_token", (_P, _P, _I), variant)
 
     def run(self, embedded: torch.Tensor, stepwise: bool = False) -> torch.Tensor:
         """Take a token through all layers and the final norm; its keys and values go into the cache.
@@ -180,8 +181,8 @@ class TokenKernel:
         for begin, end in ranges:
             self._decode.launch((self._grid, 1), stream, self._token(begin, end))
         normalized = torch.empty_like(embedded)
-        pointers = self._norm.data_ptr(), normalized.data_ptr(), self.position.data_ptr()
-        self._end.launch(chunks, stream, self._token(0, 0), *pointers)
+        self._end.launch(chunks, stream, self._token(0, 0), self._norm.data_ptr(), normalized.data_ptr(), self._count)
+        self._next.launch((1, 1), stream, self._work["tag"][0].data_ptr(), self.position.data_ptr(), self._count)
         return normalized
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -204,10 +205,8 @@ class TokenKernel:
                 self._product(_GATED, (gate, up), block.down, None),
                 self._product(_RESIDUAL, (down,), *after),
             ]
-        finished = 0
         for step in steps:
-            step.groups_before = finished
-            finished += self._groups_of(step)
+            step.groups = self._groups_of(step)
         return steps
 
     def _product(self, kind: int, parts: tuple, reader: Layer | None, norm: torch.Tensor | None) -> _Step:
@@ -238,22 +237,22 @@ class TokenKernel:
     def _make_work(self, steps: list[_Step]) -> dict[str, list[torch.Tensor]]:
         """Memory between the steps, by the names in _Token."""
         sizes, first = self._sizes, self._blocks[0]
-        rows, groups = max(step.rows for step in steps), max(map(self._groups_of, steps))
+        rows, words = max(step.rows for step in steps), torch.int64
         # what stands behind a norm, and the other inputs
         widths = sizes.hidden, max(sizes.heads * sizes.head, first.down.inputs)
         shares = -(-sizes.heads // sizes.kv_heads // _QUERIES) * sizes.kv_heads
         items = max(self._grid, shares) * min(_QUERIES, sizes.heads // sizes.kv_heads)
         return {
             "hidden": [self._zeros(sizes.hidden)],
-            "projected": [self._zeros((sizes.heads + 2 * sizes.kv_heads) * sizes.head)],
-            "square_sums": [self._zeros(-(-sizes.hidden // _CHUNK))],
-            "inputs": [self._zeros(width, dtype=torch.int8) for width in widths],
-            "scales": [self._zeros(-(-width // UNIT_INPUTS)) for width in widths],
-            "slots": [self._zeros((self._grid + rows) * UNIT_INPUTS)],
-            "counters": [self._zeros(groups, dtype=torch.int32)],
-            "progress": [self._zeros(1, dtype=torch.int32)],
-            "partial": [self._zeros(items * sizes.head)],
-            "weights_of_partial": [self._zeros(items * 2)],
+            "projected": [self._zeros((sizes.heads + 2 * sizes.kv_heads) * sizes.head, dtype=words)],
+            "square_sums": [self._zeros(-(-sizes.hidden // _CHUNK), dtype=words)],
+            "inputs": [self._zeros(width // 4, dtype=words) for width in widths],
+            "scales": [self._zeros(-(-width // UNIT_INPUTS), dtype=words) for width in widths],
+            "slots": [self._zeros((self._grid + rows) * UNIT_INPUTS, dtype=words)],
+            "partial": [self._zeros(items * sizes.head, dtype=words)],
+            "weights_of_partial": [self._zeros(items * 2, dtype=words)],
+            # fresh words have the tag 0
+            "tag": [self._zeros(1, dtype=torch.int32) + 1],
             "position": [self.position],
             "cosines": [self._rotary[0]],
             "sines": [self._rotary[1]],

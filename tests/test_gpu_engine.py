@@ -1,0 +1,99 @@
+"""What can be tested of decoding on a GPU without one: which models it takes, and that the kernel is what Python thinks it is."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+if not importlib.util.find_spec("triton"):
+    pytest.skip("needs triton (1 GB); make test installs it if it can", allow_module_level=True)
+
+from packed_models import FAMILIES, packed_model  # noqa: E402
+from septet import generate  # noqa: E402
+from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
+from septet.gpu import compiled, driver, token  # noqa: E402
+from septet.gpu_engine.reading import read_blocks, read_rotary, read_sizes  # noqa: E402
+
+needs_nvrtc = pytest.mark.skipif(bool(driver.obstacle()), reason="needs NVRTC; make test installs nvidia-cuda-nvrtc if it can")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_model(family) -> None:
+    model = packed_model(family)
+    sizes, config = read_sizes(model, 100), model.config
+    assert (sizes.hidden, sizes.heads, sizes.kv_heads) == (config.hidden_size, config.num_attention_heads, config.num_key_value_heads)
+    assert sizes.heads * sizes.head == model.model.layers[0].self_attn.q_proj.out_features
+    assert sizes.epsilon == config.rms_norm_eps and sizes.scaling == sizes.head**-0.5 and sizes.dtype == torch.float32
+
+
+def test_rotary_tables_turn_pairs() -> None:
+    model = packed_model("llama")
+    cosines, sines = read_rotary(model, 50)
+    assert cosines.shape == sines.shape == (50, 32)
+    angles = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(cosines, angles.cos(), atol=1e-5) and torch.allclose(sines, angles.sin(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
+    ],
+)
+def test_features_that_the_kernel_lacks_are_refused(changes, message) -> None:
+    model = packed_model("llama")
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_sizes(model, 100)
+
+
+def test_other_families_are_refused() -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match="model_type"):
+        read_sizes(model, 100)
+
+
+def test_a_sliding_window_is_refused() -> None:
+    model = packed_model("mistral")
+    model.config.sliding_window = 64
+    with pytest.raises(UnsupportedModelError, match="sliding window"):
+        read_sizes(model, 100)
+
+
+def test_layers_that_are_not_packed_are_refused() -> None:
+    model = packed_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = torch.nn.Linear(512, 512)
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        read_blocks(model, read_sizes(model, 100))
+
+
+def test_the_native_engine_does_not_run_on_a_gpu(tmp_path) -> None:
+    with pytest.raises(OptionError, match="engine must be auto or transformers"):
+        generate.load(tmp_path, engine="native", device="cuda")
+
+
+def same_layout(name: str, structure: type) -> str:
+    """C++ that does not compile unless a structure has the size and the places of its twin."""
+    lines = [f"static_assert(sizeof({name}) == {token.ctypes.sizeof(structure)}, {name!r});".replace("'", '"')]
+    for field, *_ in structure._fields_:
+        lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {getattr(structure, field).offset}, "{field}");')
+    return "\n".join(lines)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("architecture", "variant"),
+    [("80", (6, torch.float16, 64, 3, 2)), ("90", (7, torch.bfloat16, 128, 4)), ("120", (8, torch.float32, 32, 7, 2))],
+)
+def test_the_kernel_compiles_and_its_structures_are_those_of_python(architecture, variant) -> None:
+    layouts = same_layout("Step", token._Step), same_layout("Token", token._Token)
+    source = "\n".join([compiled.token_source(*variant), *layouts])
+    options = (f"--gpu-architecture=sm_{architecture}", "--std=c++17")
+    assert driver.compile_source(source, options)[:4] == b"\x7fELF"
