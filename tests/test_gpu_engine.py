@@ -87,11 +87,11 @@ def same_layout(name: str, structure: type) -> str:
     return "\n".join(lines)
 
 
+VARIANTS = {"80": (6, torch.float16, 64, 3, 2), "90": (7, torch.bfloat16, 128, 4), "120": (8, torch.float32, 32, 7, 2)}
+
+
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("architecture", "variant"),
-    [("80", (6, torch.float16, 64, 3, 2)), ("90", (7, torch.bfloat16, 128, 4)), ("120", (8, torch.float32, 32, 7, 2))],
-)
+@pytest.mark.parametrize(("architecture", "variant"), VARIANTS.items())
 def test_the_kernel_compiles_and_its_structures_are_those_of_python(architecture, variant) -> None:
     layouts = same_layout("Step", token._Step), same_layout("Token", token._Token)
     source = "\n".join([compiled.token_source(*variant), *layouts])
