@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "gpu.md"
-RESULTS = ROOT / "benchmarks" / "results" / "gpu" / "h100.csv"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 START, END = "<!-- drawn by tools/draw_gpu.py -->\n", "<!-- end -->\n"
+START_OF_MODELS = "<!-- whole models, drawn by tools/draw_gpu.py -->\n"
 TITLES = {
     "bf16": "cuBLAS bf16",
     "septet-3.5": "**3.5 bits**",
@@ -39,10 +40,25 @@ def sources(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def rows_of(name: str) -> list[dict[str, str]]:
+    """A result file."""
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def models() -> str:
+    """Decoding speed of whole models."""
+    rows = rows_of("models.csv")
+    lines = ["| 8B-shaped Llama, head in bf16 | tokens a second | over the first | GB |", "|---|---:|---:|---:|"]
+    lines += [f"| {row['name']} | {row['tokens_per_second']} | {row['of_bf16']} | {row['gb']} |" for row in rows]
+    first = rows[0]
+    versions = f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}"
+    return "\n".join([*lines, "", f"{versions}: `{first['command']}`.\n"])
+
+
 def tables() -> str:
     """One table of times and one of energy."""
-    with RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("h100.csv")
     found = {(int(row["tokens"]), int(row["k"]), int(row["n"]), row["name"]): row for row in rows}
     lines = ["| tokens | K x N | " + " | ".join(TITLES.values()) + " |", "|---:|---|" + "---:|" * len(TITLES)]
     for tokens, k, n in sorted({key[:3] for key in found}):
@@ -58,9 +74,10 @@ def tables() -> str:
 
 def main() -> int:
     """Rewrite or check; returns the exit status."""
-    text = DOCUMENT.read_text()
-    before, _, rest = text.partition(START)
-    drawn = before + START + tables() + END + rest.partition(END)[2]
+    text = drawn = DOCUMENT.read_text()
+    for start, content in ((START_OF_MODELS, models()), (START, tables())):
+        before, _, rest = drawn.partition(start)
+        drawn = before + start + content + END + rest.partition(END)[2]
     if sys.argv[1:] == ["--check"]:
         return int(drawn != text)
     DOCUMENT.write_text(drawn)

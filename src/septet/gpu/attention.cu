@@ -201,6 +201,8 @@ __device__ __forceinline__ void attention_step(const Token& t, const Step& s, u3
         __syncthreads();
         merge_warps(m, t, tag + 1, i);
     }
+    // every step has a barrier, behind which the next step may be read
+    if ((int)blockIdx.x >= parts * splits) __syncthreads();
     #pragma unroll 1
     for (int i = chunk; i <= last_chunk; i += WARPS) merge_parts(t, s, tag + 1, i, splits, lane);
 }
