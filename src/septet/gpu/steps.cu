@@ -329,6 +329,13 @@ __device__ __forceinline__ void give_row(const Token& t, const Step& s, u32 tag,
     put_two(t.slots + (size_t)(blockIdx.x + row) * 64 + 2 * lane, __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
 }
 
+// Sums of a segment of inputs, times its scale, onto the sums of the row. The one token is column 0 of the tensor cores' results.
+__device__ __forceinline__ void scale_column(float (&total)[8], Sums& sums, float scale) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) total[i] += scale * (float)sums.of[0][i / 2][i % 2 * 2];
+    sums.clear();
+}
+
 // The inputs of a product and their scales, into shared memory: as soon as all of them are there.
 __device__ __forceinline__ void await_inputs(uint2* values, float* scales, const Token& t, int which, u32 tag, int eights, int segments) {
     constexpr int kThreads = 32 * WARPS, kAtATime = 4;
@@ -385,7 +392,7 @@ __device__ __forceinline__ void product_step(const Token& t, const Step& s, u32 
     if (has_input && left) x4 = values[unit * 4 + lane];
     Sums sums;
     sums.clear();
-    float total[1][4][4] = {};
+    float total[8] = {};
     while (left) {
         const bool row_ends = unit + 1 == s.units, last = row_ends || left == 1;
         const Inputs x = {{{x4.x, x4.y, x4.z, x4.w}}};
@@ -395,11 +402,15 @@ __device__ __forceinline__ void product_step(const Token& t, const Step& s, u32 
             if (has_input) next_x4 = values[row_ends ? lane : unit * 4 + 4 + lane];
         }
         multiply_unit(sums, w, x, lookup, lane);
-        if (last || (unit + 1 & segment_mask) == 0) scale_segment(total, sums, scales, unit >> s.segment_shift, segments, 1, lane);
+        if (last || (unit + 1 & segment_mask) == 0) scale_column(total, sums, scales[unit >> s.segment_shift]);
         if (last) {
-            store_slot((u32*)(partial + (warp + row - first_row) * 64), total, 1, lane);
+            float4* to = (float4*)(partial + (warp + row - first_row) * 64 + lane / 4 * 8);
+            if (lane % 4 == 0) {
+                to[0] = make_float4(total[0], total[1], total[2], total[3]);
+                to[1] = make_float4(total[4], total[5], total[6], total[7]);
+            }
             #pragma unroll
-            for (int i = 0; i < 16; i++) (&total[0][0][0])[i] = 0;
+            for (int i = 0; i < 8; i++) total[i] = 0;
             row++;
             unit = -1;
         }
