@@ -184,8 +184,10 @@ struct Item {
 };
 
 // What the step before has written bears `tag`.
-__device__ __forceinline__ void attention_step(const Token& t, const Step& s, u32 tag, u32* shared, int lane, int warp) {
-    AttentionMemory& m = *(AttentionMemory*)shared;
+__device__ __forceinline__ void attention_step(const Token& t, int index, u32 tag) {
+    const Step& s = step_at(index);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    AttentionMemory& m = *(AttentionMemory*)work_memory();
     const int position = *t.position, length = position + 1, parts = t.kv_heads * kParts, sub = lane / kLanes, d = lane % kLanes * 8;
     const int splits = max(1, min((int)gridDim.x / parts, (length + kRound - 1) / kRound));
     const int chunk = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp, last_chunk = first_group(s.groups, blockIdx.x + 1) - 1;

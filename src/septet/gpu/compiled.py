@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "INPUT_BYTES",
     "THREADS",
+    "TOKEN_WARPS",
     "WARPS",
     "LayerArguments",
     "activation_kernel",
@@ -44,6 +45,8 @@ _TABLE_AT = 64 << 10
 INPUT_BYTES = 63 << 10
 #: Warps of a block, one of which fills a multiprocessor: 128 registers a thread.
 WARPS = 16
+#: The same of token.cu, with 168 registers: with 128, what it prefetches would go through memory.
+TOKEN_WARPS = 12
 #: The same of `product` for more than eight tokens, with 168 registers.
 _WARPS_OF_MANY = 12
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -87,11 +90,11 @@ def source_of(*files: str, **macros: object) -> str:
     return "\n".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
-def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0) -> str:
-    """decode.cu for a width, kind of activations and number of tokens, and the files that build on it."""
+def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0, **more: int) -> str:
+    """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
     macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": warps_of(many), "PLACES": places}
-    return source_of("decode.cu", *files, **macros)
+    return source_of("decode.cu", *files, **(macros | more))
 
 
 @cache
@@ -146,9 +149,9 @@ def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places:
         queries: query heads of a key-value head.
         places: as in decode.cu.
     """
-    macros = f"#define HEAD {head}\n#define QUERIES {queries}\n"
     files = "values.cu", "steps.cu", "attention.cu", "token.cu"
-    return macros + trellis_source(*files, bits=bits, places=places, dtype=DTYPES[dtype])
+    macros = {"places": places, "dtype": DTYPES[dtype], "HEAD": head, "QUERIES": queries, "WARPS": TOKEN_WARPS}
+    return trellis_source(*files, bits=bits, **macros)
 
 
 @cache
@@ -162,7 +165,7 @@ def token_kernel(device: int, name: str, types: tuple[type, ...], variant: tuple
     whole = name == "decode_token"
     shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2 if whole else 0
     order = "cooperative" if whole else "plain"
-    return load_kernel(_token_image(device, *variant), name, types, 32 * WARPS, shared, order)
+    return load_kernel(_token_image(device, *variant), name, types, 32 * TOKEN_WARPS, shared, order)
 
 
 @cache

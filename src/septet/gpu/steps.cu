@@ -26,6 +26,12 @@ struct Step {
     float output_normal, input_normal;
 };
 
+// Shared memory begins with three steps, since a warp can still be in the one before when another brings the next. What a step works with
+// follows. Functions find both by themselves: a pointer that comes from outside could point anywhere, and costs more registers.
+constexpr int kStepWords = sizeof(Step) / 4;
+__device__ __forceinline__ Step& step_at(int index) { return *(Step*)(shared_memory + index % 3 * kStepWords); }
+__device__ __forceinline__ u32* work_memory() { return shared_memory + (3 * kStepWords + 3 & ~3); }
+
 struct Token {
     const Step* steps;
     float* hidden;                             // residual stream
@@ -164,30 +170,17 @@ struct Rounder {
     }
 };
 
-// The residual stream, 256 values of it, to the inputs of the product behind the next norm.
-struct Stream {
-    const Rounder rounder;
-    const Eight<Value> norm;
-
-    __device__ __forceinline__ Stream(const Token& t, const Value* norm, const u16* input_scale, int chunk, int lane)
-        : rounder(input_scale, chunk, t.hidden_size, lane), norm(norm + rounder.k, rounder.inside && rounder.any) {}
-
-    __device__ __forceinline__ void give(const Token& t, u32 tag, float (&v)[8], int chunk, int block, float normal, int lane) const {
-        float squares = 0;
-        #pragma unroll
-        for (int i = 0; i < 8; i++) squares += v[i] * v[i];
-        squares = sum_of_lanes(squares);
-        if (lane == 0) put(t.square_sums + chunk, __float_as_uint(squares), tag);
-        if (rounder.inside) {
-            ((float4*)(t.hidden + rounder.k))[0] = make_float4(v[0], v[1], v[2], v[3]);
-            ((float4*)(t.hidden + rounder.k))[1] = make_float4(v[4], v[5], v[6], v[7]);
-        }
-        if (!rounder.any) return;
-        #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= read(norm.of[i]);
-        rounder.give(t, 0, tag, v, block, normal, lane);
-    }
-};
+// The residual stream, 256 numbers of it, and their sum of squares.
+__device__ __forceinline__ void keep_stream(const Token& t, u32 tag, const float (&v)[8], const Rounder& at, int chunk, int lane) {
+    float squares = 0;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+    squares = sum_of_lanes(squares);
+    if (lane == 0) put(t.square_sums + chunk, __float_as_uint(squares), tag);
+    if (!at.inside) return;
+    ((float4*)(t.hidden + at.k))[0] = make_float4(v[0], v[1], v[2], v[3]);
+    ((float4*)(t.hidden + at.k))[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
 
 struct Place {
     int part, row;
@@ -225,8 +218,14 @@ struct Group {
 // The first of `groups` that the warps of a block finish; those of the next block follow.
 __device__ __forceinline__ int first_group(int groups, int block) { return (block * groups + (int)gridDim.x - 1) / (int)gridDim.x; }
 
-// The block of threads that has a unit.
-__device__ __forceinline__ int block_at(u32 unit, u32 all) { return ((unit + 1) * gridDim.x - 1) / all; }
+// The blocks of threads that divide a step's units: no more than there are units.
+__device__ __forceinline__ u32 blocks_of(u32 all) { return min(all, gridDim.x); }
+
+// The one that has a unit.
+__device__ __forceinline__ int block_at(u32 unit, u32 all) { return ((unit + 1) * blocks_of(all) - 1) / all; }
+
+// The first unit of a block; of the one behind the last, the end.
+__device__ __forceinline__ u32 first_unit(u32 block, u32 all) { return all * min(block, blocks_of(all)) / blocks_of(all); }
 
 // The outputs of up to four rows, a chunk of a part, 8 of a lane.
 struct Outputs {
@@ -259,45 +258,45 @@ struct Outputs {
     }
 };
 
-// What becomes of a group's sums: queries, keys and values for attention,
-__device__ __forceinline__ void use_plain(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
-    const Outputs outputs(s, g.part, g.chunk, lane);
-    const float factor = norm_factor(t, tag - 1, lane);
-    float v[8];
-    outputs.finish(v, t, s, tag, g.first, g.count, factor, lane);
-    u64* to = t.projected + outputs.o;
-    for (int part = 0; part < g.part; part++) to += s.part_outputs[part];
-    if (!outputs.inside) return;
-    #pragma unroll
-    for (int i = 0; i < 8; i += 2) put_two(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), tag);
-}
-
-// or what the residual stream gains, whose groups are always finished by the same warp,
-__device__ __forceinline__ void use_residual(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
-    const Outputs outputs(s, 0, g.chunk, lane);
-    const Stream stream(t, s.norm, s.input_scale, g.chunk, lane);
-    float v[8], before[8] = {};
-    if (outputs.inside) {
-        *(float4*)before = *(const float4*)(t.hidden + outputs.o);
-        *(float4*)(before + 4) = *((const float4*)(t.hidden + outputs.o) + 1);
+// What becomes of a group's sums: queries, keys and values for attention; or silu(gate) * up; or what the residual stream gains, whose
+// groups are always finished by the same warp.
+__device__ __forceinline__ void use_group(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
+    const Rounder rounder(s.input_scale, g.chunk, s.part_outputs[g.part], lane);
+    const Eight<Value> norm(s.norm + rounder.k, s.norm && rounder.inside);
+    float v[8], other[8] = {};
+    if (s.kind == kResidual && rounder.inside) {
+        *(float4*)other = *(const float4*)(t.hidden + rounder.k);
+        *(float4*)(other + 4) = *((const float4*)(t.hidden + rounder.k) + 1);
     }
-    outputs.finish(v, t, s, tag, g.first, g.count, 1.f, lane);
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] += before[i];
-    stream.give(t, tag, v, g.chunk, s.input_block, s.input_normal, lane);
-}
-
-// or silu(gate) * up.
-__device__ __forceinline__ void use_gated(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
-    const Outputs gates(s, 0, g.chunk, lane), ups(s, 1, g.chunk, lane);
-    const Rounder rounder(s.input_scale, g.chunk, s.part_outputs[0], lane);
-    const float factor = norm_factor(t, tag - 1, lane);
-    float v[8], up[8];
-    gates.finish(v, t, s, tag, g.first, g.count, factor, lane);
-    ups.finish(up, t, s, tag, g.first + g.count, g.count, factor, lane);
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __fdividef(v[i], 1.f + __expf(-v[i])) * up[i];
-    rounder.give(t, 1, tag, v, s.input_block, s.input_normal, lane);
+    const float factor = s.kind == kResidual ? 1.f : norm_factor(t, tag - 1, lane);
+    #pragma unroll 1
+    for (int i = 0; i <= (s.kind == kGated); i++) {
+        if (i) {
+            #pragma unroll
+            for (int j = 0; j < 8; j++) other[j] = v[j];
+        }
+        Outputs(s, g.part + i, g.chunk, lane).finish(v, t, s, tag, g.first + i * g.count, g.count, factor, lane);
+    }
+    if (s.kind == kPlain) {
+        u64* to = t.projected + rounder.k;
+        for (int part = 0; part < g.part; part++) to += s.part_outputs[part];
+        if (!rounder.inside) return;
+        #pragma unroll
+        for (int i = 0; i < 8; i += 2) put_two(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), tag);
+        return;
+    }
+    if (s.kind == kResidual) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] += other[i];
+        keep_stream(t, tag, v, rounder, g.chunk, lane);
+        if (!rounder.any) return;
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] *= read(norm.of[i]);
+    } else {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] *= __fdividef(other[i], 1.f + __expf(-other[i]));
+    }
+    rounder.give(t, s.kind == kGated, tag, v, s.input_block, s.input_normal, lane);
 }
 
 // Brings what a group will need closer: nobody has read it since the token before.
@@ -329,15 +328,25 @@ __device__ __forceinline__ void give_row(const Token& t, const Step& s, u32 tag,
     put_two(t.slots + (size_t)(blockIdx.x + row) * 64 + 2 * lane, __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
 }
 
-// Sums of a segment of inputs, times its scale, onto the sums of the row. The one token is column 0 of the tensor cores' results.
-__device__ __forceinline__ void scale_column(float (&total)[8], Sums& sums, float scale) {
-    #pragma unroll
-    for (int i = 0; i < 8; i++) total[i] += scale * (float)sums.of[0][i / 2][i % 2 * 2];
+// Sums of a segment of inputs, times its scale, onto the sums of the row, which are in shared memory: the loop around this needs all
+// registers. The one token is column 0 of the tensor cores' results, eight outputs of every fourth lane.
+__device__ __forceinline__ void scale_column(float4* total, Sums& sums, float scale, bool first, int lane) {
+    if (lane % 4 == 0) {
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float4 four = first ? make_float4(0, 0, 0, 0) : total[i];
+            four.x += scale * (float)sums.of[0][2 * i][0];
+            four.y += scale * (float)sums.of[0][2 * i][2];
+            four.z += scale * (float)sums.of[0][2 * i + 1][0];
+            four.w += scale * (float)sums.of[0][2 * i + 1][2];
+            total[i] = four;
+        }
+    }
     sums.clear();
 }
 
 // The inputs of a product and their scales, into shared memory: as soon as all of them are there.
-__device__ __forceinline__ void await_inputs(uint2* values, float* scales, const Token& t, int which, u32 tag, int eights, int segments) {
+__device__ __forceinline__ void await_inputs(uint2* values, float* scales, const u64* from, const u64* from_scales, u32 tag, int eights, int segments) {
     constexpr int kThreads = 32 * WARPS, kAtATime = 4;
     Patience patience;
     for (int first = threadIdx.x; first < max(eights, segments); first += kThreads * kAtATime) {
@@ -348,8 +357,8 @@ __device__ __forceinline__ void await_inputs(uint2* values, float* scales, const
             #pragma unroll
             for (int i = 0; i < kAtATime; i++) {
                 const int at = first + i * kThreads;
-                if (at < eights) two[i] = two_at(t.inputs[which] + 2 * at);
-                if (at < segments) scale[i] = word_at(t.scales[which] + at);
+                if (at < eights) two[i] = two_at(from + 2 * at);
+                if (at < segments) scale[i] = word_at(from_scales + at);
             }
             #pragma unroll
             for (int i = 0; i < kAtATime; i++) {
@@ -367,50 +376,57 @@ __device__ __forceinline__ void await_inputs(uint2* values, float* scales, const
     }
 }
 
-// Shared memory: inputs, scales, sums of the warps. What the step before has written bears `tag`.
-__device__ __forceinline__ void product_step(const Token& t, const Step& s, u32 tag, u32* shared, int lane, int warp) {
-    const u32 all = s.rows * s.units, block_begin = all * blockIdx.x / gridDim.x, count = all * (blockIdx.x + 1) / gridDim.x - block_begin;
+// Where a step's numbers are in shared memory: inputs, their scales, sums of the warps.
+struct Memory {
+    uint4* values;
+    float *scales, *partial;
+
+    __device__ __forceinline__ Memory(const Step& s) : values((uint4*)work_memory()), scales((float*)(values + s.units * 4)), partial(scales + s.units) {}
+};
+
+// The sums of this warp's units, left in shared memory. What the step before has written bears `tag`.
+__device__ __forceinline__ void multiply_units(const u64* inputs, const u64* input_scales, u32 one, int index, u32 tag) {
+    const Step& s = step_at(index);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const u32 all = s.rows * s.units, block_begin = first_unit(blockIdx.x, all), count = first_unit(blockIdx.x + 1, all) - block_begin;
     const u32 begin = block_begin + count * warp / WARPS;
+    const Memory memory(s);
     int left = block_begin + count * (warp + 1) / WARPS - begin, row = begin / s.units, unit = begin % s.units;
-    const int segments = s.units + (1 << s.segment_shift) - 1 >> s.segment_shift, segment_mask = (1 << s.segment_shift) - 1;
-    const int first_row = block_begin / s.units, last_row = count ? (int)((block_begin + count - 1) / s.units) : first_row - 1;
-    u32 w[kWords], next[kWords];
+    const int group = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp;
+    if (group < first_group(s.groups, blockIdx.x + 1)) expect_group(s, group, lane);
     const u32* at = left ? unit_words(s, row, unit) : nullptr;
-    if (left) load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
-    // the last warps finish groups, since the first have rows to add
-    const int group = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp, last_group = first_group(s.groups, blockIdx.x + 1) - 1;
-    if (group <= last_group) expect_group(s, group, lane);
-    uint4* values = (uint4*)shared;
-    float *scales = (float*)(values + s.units * 4), *partial = scales + (segments + 3 & ~3);
+    // the first units come closer while this block waits, and later ones two ahead: registers have room for one
+    constexpr int kLines = kUnitWords / 32;
+    if (lane < kLines * min(min(left, s.units - unit), 2)) asm volatile("prefetch.global.L2 [%0];" :: "l"(at + lane * 32));
     // warps leave the step before one by one; its shared memory is free when all have
     __syncthreads();
-    await_inputs((uint2*)values, scales, t, s.kind == kResidual, tag, s.units * 8, segments);
+    await_inputs((uint2*)memory.values, memory.scales, inputs, input_scales, tag, s.units * 8, s.units >> s.segment_shift);
+    u32 w[kWords], next[kWords];
+    if (left) load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
     __syncthreads();
-    const Lookup lookup = {address_parts(lane), (u32)t.one};
-    const bool has_input = lane < 4;
-    uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
-    if (has_input && left) x4 = values[unit * 4 + lane];
+    const Lookup lookup = {address_parts(lane), one};
+    float* to = memory.partial + (warp + row - block_begin / s.units) * 64 + lane / 4 * 8;
+    const int segment_mask = (1 << s.segment_shift) - 1;
     Sums sums;
     sums.clear();
-    float total[8] = {};
+    bool first = true;
     while (left) {
-        const bool row_ends = unit + 1 == s.units, last = row_ends || left == 1;
+        const bool row_ends = unit + 1 == s.units;
+        uint4 x4 = make_uint4(0, 0, 0, 0);
+        if (lane < 4) x4 = memory.values[unit * 4 + lane];
         const Inputs x = {{{x4.x, x4.y, x4.z, x4.w}}};
         if (left > 1) {
             at = row_ends ? unit_words(s, row + 1, 0) : at + kUnitWords;
             load_unit(next, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
-            if (has_input) next_x4 = values[row_ends ? lane : unit * 4 + 4 + lane];
+            if (lane < kLines && unit + 3 < s.units) asm volatile("prefetch.global.L2 [%0];" :: "l"(at + 2 * kUnitWords + lane * 32));
         }
         multiply_unit(sums, w, x, lookup, lane);
-        if (last || (unit + 1 & segment_mask) == 0) scale_column(total, sums, scales[unit >> s.segment_shift]);
-        if (last) {
-            float4* to = (float4*)(partial + (warp + row - first_row) * 64 + lane / 4 * 8);
-            if (lane % 4 == 0) {
-                to[0] = make_float4(total[0], total[1], total[2], total[3]);
-                to[1] = make_float4(total[4], total[5], total[6], total[7]);
-            }
-            #pragma unroll
-            for (int i = 0; i < 8; i++) total[i] = 0;
+        if (row_ends || left == 1 || (unit + 1 & segment_mask) == 0) {
+            scale_column((float4*)to, sums, memory.scales[unit >> s.segment_shift], first, lane);
+            first = row_ends;
+        }
+        if (row_ends) {
+            to += 64;
             row++;
             unit = -1;
         }
@@ -418,16 +434,27 @@ __device__ __forceinline__ void product_step(const Token& t, const Step& s, u32 
         unit++;
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
-        x4 = next_x4;
     }
+}
+
+// What becomes of them, when all warps of this block are done.
+__device__ __forceinline__ void use_units(const Token& t, int index, u32 tag) {
+    const Step& s = step_at(index);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const u32 all = s.rows * s.units, begin = first_unit(blockIdx.x, all), count = first_unit(blockIdx.x + 1, all) - begin;
+    const float* partial = Memory(s).partial;
+    const int first_row = begin / s.units, last_row = count ? (int)((begin + count - 1) / s.units) : first_row - 1;
+    #pragma unroll 1
+    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(t, s, tag + 1, partial, r, first_row, begin, count, lane);
+    // the last warps finish groups, since the first have rows to add
+    #pragma unroll 1
+    for (int i = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp; i < first_group(s.groups, blockIdx.x + 1); i += WARPS)
+        use_group(t, s, tag + 1, Group(s, i), lane);
+}
+
+__device__ __forceinline__ void product_step(const Token& t, int index, u32 tag) {
+    const bool behind_norm = step_at(index).kind != kResidual;
+    multiply_units(behind_norm ? t.inputs[0] : t.inputs[1], behind_norm ? t.scales[0] : t.scales[1], t.one, index, tag);
     __syncthreads();
-    #pragma unroll 1
-    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(t, s, tag + 1, partial, r, first_row, block_begin, count, lane);
-    #pragma unroll 1
-    for (int i = group; i <= last_group; i += WARPS) {
-        const Group g(s, i);
-        if (s.kind == kPlain) use_plain(t, s, tag + 1, g, lane);
-        else if (s.kind == kResidual) use_residual(t, s, tag + 1, g, lane);
-        else use_gated(t, s, tag + 1, g, lane);
-    }
+    use_units(t, index, tag);
 }

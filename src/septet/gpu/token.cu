@@ -4,38 +4,35 @@
 // there. The level tables stay in shared memory, and the first weights of a step are on their way while the one before still ends. All
 // blocks must run at the same time, so the launch is a cooperative one.
 
-constexpr int kStepWords = sizeof(Step) / 4;
-
 // The beginning: an embedded token becomes the residual stream. One warp for each 256 numbers.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 begin_token(const __grid_constant__ Token t, const Value* embedded, const Value* norm, const u16* input_scale, int block, float normal) {
     const int lane = threadIdx.x & 31, chunk = blockIdx.x * WARPS + (threadIdx.x >> 5);
     wait_for_inputs();
     if (chunk * kChunk >= t.hidden_size) return;
-    const Stream stream(t, norm, input_scale, chunk, lane);
-    const Eight<Value> raw(embedded + stream.rounder.k, stream.rounder.inside);
+    const Rounder rounder(input_scale, chunk, t.hidden_size, lane);
+    const Eight<Value> raw(embedded + rounder.k, rounder.inside), weight(norm + rounder.k, rounder.inside);
     float v[8];
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = read(raw.of[i]);
-    stream.give(t, *t.tag, v, chunk, block, normal, lane);
+    keep_stream(t, *t.tag, v, rounder, chunk, lane);
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= read(weight.of[i]);
+    rounder.give(t, 0, *t.tag, v, block, normal, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode_token(const __grid_constant__ Token t) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 tag = *t.tag;
-    // three steps, since a warp can still be in the one before when another brings the next; what a step needs follows
-    u32 *steps = shared_memory, *rest = steps + (3 * kStepWords + 3 & ~3);
-    for (int i = threadIdx.x; i < kStepWords; i += 32 * WARPS) steps[t.first % 3 * kStepWords + i] = ((const u32*)(t.steps + t.first))[i];
+    for (int i = threadIdx.x; i < kStepWords; i += 32 * WARPS) ((u32*)&step_at(t.first))[i] = ((const u32*)(t.steps + t.first))[i];
     fill_table();
     wait_for_inputs();
     __syncthreads();
     #pragma unroll 1
     for (int i = t.first; i < t.last; i++) {
-        const Step& s = *(const Step*)(steps + i % 3 * kStepWords);
         if (i + 1 < t.last)
-            for (int j = threadIdx.x; j < kStepWords; j += 32 * WARPS) steps[(i + 1) % 3 * kStepWords + j] = ((const u32*)(t.steps + i + 1))[j];
-        if (s.kind == kAttention) attention_step(t, s, tag + i, rest, lane, warp);
-        else product_step(t, s, tag + i, rest, lane, warp);
+            for (int j = threadIdx.x; j < kStepWords; j += 32 * WARPS) ((u32*)&step_at(i + 1))[j] = ((const u32*)(t.steps + i + 1))[j];
+        if (step_at(i).kind == kAttention) attention_step(t, i, tag + i);
+        else product_step(t, i, tag + i);
     }
 }
 

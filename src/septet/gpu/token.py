@@ -173,7 +173,7 @@ class TokenKernel:
             The same shape.
         """
         stream, first = torch.cuda.current_stream(self._device).cuda_stream, self._blocks[0]
-        chunks = (-(-self._sizes.hidden // (_CHUNK * compiled.WARPS)), 1)
+        chunks = (-(-self._sizes.hidden // (_CHUNK * compiled.TOKEN_WARPS)), 1)
         layer = first.projections[0]
         inputs = first.norms[0].data_ptr(), layer.input_scale.data_ptr(), layer.input_block, 1 / math.sqrt(layer.input_block)
         self._begin.launch(chunks, stream, self._token(0, 0), embedded.data_ptr(), *inputs)
