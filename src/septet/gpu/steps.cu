@@ -21,9 +21,9 @@ struct Step {
     const u16* input_scale;          // of the product that comes next, or null after the last
     const Value* head_norms[2];      // of queries and keys, or null
     Value *keys, *values;            // of the cache
-    int kind, units, rows, parts, segment_shift, output_block, input_block, groups;
-    int part_rows[3], part_outputs[3];
-    float output_normal, input_normal;
+    int kind, units, rows, parts, segment_shift, input_block, groups;
+    int part_rows[3], part_outputs[3], output_block[3];
+    float output_normal[3], input_normal;
 };
 
 // Shared memory begins with three steps, since a warp can still be in the one before when another brings the next. What a step works with
@@ -229,13 +229,13 @@ __device__ __forceinline__ u32 first_unit(u32 block, u32 all) { return all * min
 
 // The outputs of up to four rows, a chunk of a part, 8 of a lane.
 struct Outputs {
-    const int o;
+    const int part, o;
     const bool inside;
     const Eight<u16> scale;
     const Eight<Value> bias;
 
     __device__ __forceinline__ Outputs(const Step& s, int part, int chunk, int lane)
-        : o(chunk * kChunk + lane * 8), inside(o < s.part_outputs[part]), scale(s.output_scale[part] + o, inside),
+        : part(part), o(chunk * kChunk + lane * 8), inside(o < s.part_outputs[part]), scale(s.output_scale[part] + o, inside),
           bias(s.bias[part] + o, inside && s.bias[part]) {}
 
     // Sums of rows first .. first + count - 1, rotated, scaled and times `factor`.
@@ -252,7 +252,7 @@ struct Outputs {
             for (int i = 0; i < 8; i++) v[i] += sum[i];
         });
         __syncwarp();
-        rotate_chunk(v, s.output_block, s.output_normal, lane);
+        rotate_chunk(v, s.output_block[part], s.output_normal[part], lane);
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = v[i] * of_half(scale.of[i]) * factor + read(bias.of[i]);
     }

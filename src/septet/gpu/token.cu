@@ -41,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 end_token(const __grid_constant__ Token t, const Value* norm, Value* normalized, int steps) {
     const int lane = threadIdx.x & 31, k = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * kChunk + lane * 8;
     wait_for_inputs();
-    if (k >= t.hidden_size) return;
     const float factor = norm_factor(t, *t.tag + steps, lane);
+    if (k >= t.hidden_size) return;
     #pragma unroll
     for (int i = 0; i < 8; i++) normalized[k + i] = write(t.hidden[k + i] * factor * read(norm[k + i]));
 }

@@ -38,8 +38,9 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _P * 3) for name in ("weights", "output_scale", "bias")),
         *(("norm", _P), ("input_scale", _P), ("head_norms", _P * 2), ("keys", _P), ("values", _P)),
-        *((name, _I) for name in ("kind", "units", "rows", "parts", "segment_shift", "output_block", "input_block", "groups")),
-        *(("part_rows", _I * 3), ("part_outputs", _I * 3), ("output_normal", _F), ("input_normal", _F)),
+        *((name, _I) for name in ("kind", "units", "rows", "parts", "segment_shift", "input_block", "groups")),
+        *((name, _I * 3) for name in ("part_rows", "part_outputs", "output_block")),
+        *(("output_normal", _F * 3), ("input_normal", _F)),
     ]
 
 
@@ -211,12 +212,12 @@ class TokenKernel:
 
     def _product(self, kind: int, parts: tuple, reader: Layer | None, norm: torch.Tensor | None) -> _Step:
         layer = parts[0][0]
-        step = _Step(kind=kind, units=units_of(layer.inputs), parts=len(parts), output_block=layer.output_block)
+        step = _Step(kind=kind, units=units_of(layer.inputs), parts=len(parts))
         step.segment_shift = (layer.input_block // UNIT_INPUTS).bit_length() - 1
-        step.output_normal = 1 / math.sqrt(layer.output_block)
         for index, (part, bias) in enumerate(parts):
             step.weights[index], step.output_scale[index], step.bias[index] = _address(part.arranged), _address(part.scale), _address(bias)
             step.part_rows[index], step.part_outputs[index] = part.rows, part.outputs
+            step.output_block[index], step.output_normal[index] = part.output_block, 1 / math.sqrt(part.output_block)
         step.rows = sum(step.part_rows)
         return self._reader(step, reader, norm)
 
