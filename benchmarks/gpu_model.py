@@ -173,16 +173,6 @@ def decoder_speed(model: LlamaForCausalLM, position: int) -> float:
     return decoder.tokens_per_second(position)
 
 
-def compiled_speed(model: LlamaForCausalLM, position: int) -> float:
-    """The same with every layer compiled by torch.compile, which finds one program for all of them."""
-    for block in model.model.layers:
-        block.compile()
-    speed = decoder_speed(model, position)
-    for block in model.model.layers:
-        block._compiled_call_impl = None
-    return speed
-
-
 @torch.inference_mode()
 def shaped(out: Path | None, position: int = 100) -> None:
     """Decoding speed of an 8B-shaped Llama, bf16 and packed."""
@@ -197,7 +187,6 @@ def shaped(out: Path | None, position: int = 100) -> None:
         print(f"8B-shaped, {name}: {speed:.1f} tok/s ({ratio:.2f} x), {memory:.1f} GB", flush=True)
 
     report("bf16, transformers", decoder_speed(model, position))
-    report("bf16, transformers with torch.compile", compiled_speed(model, position))
     pack(model)
     report("3.5 bits, transformers", decoder_speed(model, position))
     engine = GpuEngine(model)
