@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ if not importlib.util.find_spec("triton"):
 
 from packed_models import FAMILIES, packed_model  # noqa: E402
 from septet import generate  # noqa: E402
-from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
+from septet.errors import UnsupportedModelError  # noqa: E402
 from septet.gpu import compiled, driver, token  # noqa: E402
 from septet.gpu_engine.reading import read_blocks, read_rotary, read_sizes  # noqa: E402
 
@@ -74,9 +75,11 @@ def test_layers_that_are_not_packed_are_refused() -> None:
         read_blocks(model, read_sizes(model, 100))
 
 
-def test_the_native_engine_does_not_run_on_a_gpu(tmp_path) -> None:
-    with pytest.raises(OptionError, match="engine must be auto or transformers"):
-        generate.load(tmp_path, engine="native", device="cuda")
+def test_a_device_alone_goes_through_transformers(tiny_model_dir: Path) -> None:
+    """As on a GPU, on the processor under another name."""
+    model, _ = generate.load(tiny_model_dir, device="cpu:0")
+    assert isinstance(model, transformers.PreTrainedModel) and model.device.type == "cpu"
+    assert len(list(generate.generate_tokens(model, [1, 2, 3], generate.Sampling(4, temperature=0)))) == 4
 
 
 def same_layout(name: str, structure: type) -> str:

@@ -62,22 +62,21 @@ def load(
         activations: "int8" or "float" for a septet directory; None is what the checkpoint asks for.
         engine: "native", "transformers", or "auto": the native engine where it knows the model.
         on_fallback: called with the reason when "auto" goes through transformers.
-        device: "cpu", or a GPU of torch, "cuda" or "cuda:N", where "auto" takes `septet.gpu_engine` where that knows the model.
+        device: "cpu", or a GPU of torch, "cuda" or "cuda:N"; there "native" is `septet.gpu_engine`, which is new, and "auto" transformers.
 
     Returns:
         (model, tokenizer): `septet.engine.Engine` and `Tokenizer`, or those of transformers, the model in its own dtype; or a `GpuEngine`.
 
     Raises:
         CheckpointError, UnsupportedModelError, OptionError: as `Engine.load` and `septet.loading.load_model`.
-        OptionError: `engine` is unknown, or "native" for a GPU.
+        OptionError: `engine` is unknown.
+        UnsupportedModelError: "native" on a GPU, which does not know the model.
     """
     path = Path(directory)
     if engine not in ENGINES:
         raise OptionError(f"engine must be one of {', '.join(ENGINES)}", engine, "choose one of them")
     if device != "cpu":
-        if engine == "native":
-            raise OptionError("on a GPU, engine must be auto or transformers", engine, "leave it out, or use device cpu")
-        return _load_on_gpu(path, activations, engine, on_fallback, device)
+        return _load_on_gpu(path, activations, engine, device)
     if engine != "transformers":
         try:
             return _load_native(path, activations)
@@ -237,22 +236,16 @@ def _load_native(path: Path, activations: str | None) -> tuple[Engine, Tokenizer
     return Engine.load(path, activations), tokenizer
 
 
-def _load_on_gpu(
-    path: Path, activations: str | None, engine: str, on_fallback: Callable[[UnsupportedModelError], None] | None, device: str
-) -> tuple[Model, AnyTokenizer]:
-    """A model on a GPU, with "auto" as a `GpuEngine` where that knows the model."""
+def _load_on_gpu(path: Path, activations: str | None, engine: str, device: str) -> tuple[Model, AnyTokenizer]:
+    """A model on a GPU, in a `GpuEngine` if the native engine is asked for."""
     from septet.loading import load_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(path), load_model(path, "auto", activations).to(device)
-    if engine == "auto":
-        from septet.gpu_engine import GpuEngine
+    if engine != "native":
+        return model, tokenizer
+    from septet.gpu_engine import GpuEngine
 
-        try:
-            return GpuEngine(model), tokenizer
-        except UnsupportedModelError as error:
-            if on_fallback is not None:
-                on_fallback(error)
-    return model, tokenizer
+    return GpuEngine(model), tokenizer
 
 
 def _room(model: PreTrainedModel, prompt_length: int) -> int:
