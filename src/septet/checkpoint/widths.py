@@ -34,12 +34,13 @@ def choose_widths(
         if layer.code == "trellis" and layer.role == "linear":
             groups.setdefault(layer.group, []).append(layer)
     sizes = [sum(layer.shape[0] * layer.shape[1] for layer in group) for group in groups.values()]
-    known = [calibration.forecast(group) if calibration is not None else None for group in groups.values()]
-    losses = None
-    if known and all(statistics is not None for statistics in known):
-        losses = [
-            expected_loss([matrix[:] for matrix in read_matrices(source, group)], statistics, options.rotation_block)
-            for group, statistics in zip(groups.values(), known)
-        ]
+    losses: list[float] | None = []
+    for group in groups.values():
+        # One group's statistics at a time: those of all groups together are larger than the model.
+        statistics = calibration.forecast(group) if calibration is not None else None
+        if statistics is None:
+            losses = None
+            break
+        losses.append(expected_loss([matrix[:] for matrix in read_matrices(source, group)], statistics, options.rotation_block))
     widths = dict(zip(groups, allocate(sizes, losses, options.bits_per_weight)))
     return [replace(layer, bits_per_pair=widths[layer.group]) if layer.group in widths else layer for layer in layers]
