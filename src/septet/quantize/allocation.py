@@ -17,7 +17,7 @@ import numpy as np
 
 from septet.codes.tile import BITS_PER_PAIR
 from septet.quantize import rotation, scales
-from septet.quantize.statistics import GroupStatistics, input_metric
+from septet.quantize.statistics import GroupStatistics, input_metric, output_importance
 
 __all__ = ["DISTORTIONS", "allocate", "expected_loss"]
 
@@ -35,7 +35,7 @@ def expected_loss(weights: Sequence[np.ndarray], statistics: GroupStatistics, ro
         rotation_block: the largest Hadamard block.
 
     Returns:
-        A number of at least 0; 0 when the statistics are of no use.
+        A number of at least 0; 0 when the statistics are of no use. Values that are not finite are left out.
     """
     columns = scales.trellis_input_scale(list(weights)).astype(np.float32)
     metric = input_metric(GroupStatistics(statistics.inputs), columns, rotation.choose_block([weights[0].shape[1]], rotation_block))
@@ -43,7 +43,7 @@ def expected_loss(weights: Sequence[np.ndarray], statistics: GroupStatistics, ro
         return 0.0
     block, total = rotation.choose_block([weight.shape[0] for weight in weights], rotation_block), 0.0
     for weight, sensitivity in zip(weights, statistics.outputs):
-        matters = np.einsum("bii->bi", sensitivity).reshape(-1).astype(np.float64)
+        matters = output_importance(sensitivity)
         size = scales.trellis_output_scale(scales.row_norms(weight, columns), block, matters)
         total += scales.sum_all(size**2 * matters)
     return total * scales.sum_all(metric.factor.diagonal)

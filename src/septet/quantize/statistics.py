@@ -21,7 +21,7 @@ from septet.quantize.hessian import rotate_hessian
 from septet.quantize.rotation import choose_block
 from septet.quantize.scales import sum_all
 
-__all__ = ["GroupStatistics", "InputMetric", "corrected", "input_metric", "output_factor", "output_rows"]
+__all__ = ["GroupStatistics", "InputMetric", "corrected", "input_metric", "output_factor", "output_importance", "output_rows"]
 
 #: How much of the drift is made up for. All of it would fit the weights to the calibration text (docs/log.md).
 DRIFT_SHARE = 0.25
@@ -72,6 +72,12 @@ class GroupStatistics:
 def output_rows(outputs: int) -> int:
     """How many neighbouring outputs are looked at together: all of up to 1024, else the largest power of two that divides them."""
     return outputs if outputs <= _MOST_OUTPUT_ROWS else choose_block([outputs], _MOST_OUTPUT_ROWS)
+
+
+def output_importance(sensitivity: np.ndarray) -> np.ndarray:
+    """How much each output matters, float64 [N], from float [blocks, B, B]; 0 where that is not known."""
+    values = np.einsum("bii->bi", sensitivity).reshape(-1).astype(np.float64)
+    return np.where(np.isfinite(values) & (values > 0), values, 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 The tensors of a fused group (q/k/v, gate/up) are taken together, because they share s_in and the blocks. Scales are rounded to fp16
 before the rotation, so the codes make up for the rounding. Memory is bounded by a few million weights plus the result, however large
-the matrix. Padding to whole tiles is encoded as weight 0.
+the matrix; with statistics by a few float64 [K, K], and 1024 rows more. Padding to whole tiles is encoded as weight 0.
 
 With statistics of the inputs the tiles are encoded with error feedback, and the output scales are fitted again afterwards. With
 sensitivities of the outputs s_out follows them, and feedback goes along the outputs as well.
@@ -21,7 +21,7 @@ from septet.quantize import rotation, scales
 from septet.quantize.factorization import Factor
 from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.refit import refit_output_scale
-from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_rows
+from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_importance, output_rows
 from septet.quantize.tensor import QuantizedTensor, RowSource, common_inputs
 from septet.quantize.threads import one_blas_thread, side_by_side
 
@@ -90,12 +90,6 @@ def quantize_trellis(
     return [maker.result() for maker in makers]
 
 
-def _diagonals(matrix: np.ndarray) -> np.ndarray:
-    """How much each output matters, float64 [N], from float [blocks, B, B]; 0 where that is not known."""
-    values = np.einsum("bii->bi", matrix).reshape(-1).astype(np.float64)
-    return np.where(np.isfinite(values) & (values > 0), values, 0.0)
-
-
 def _column_scale(weights: Sequence[RowSource], names: list[str]) -> np.ndarray:
     """|s_in| as fp16 holds it, float32 [K]."""
     for weight, name in zip(weights, names):
@@ -124,7 +118,7 @@ def row_scales(
     Returns:
         |s_out|, float64 [N_i] each; |s_in|; and the exponent moved from s_out to s_in.
     """
-    importances = [None if matrix is None else _diagonals(matrix) for matrix in sensitivities]
+    importances = [None if matrix is None else output_importance(matrix) for matrix in sensitivities]
 
     def magnitudes(columns: np.ndarray | None) -> list[np.ndarray]:
         return [scales.trellis_output_scale(norms, output_block, importance) for norms, importance in zip(row_norms(columns), importances)]
