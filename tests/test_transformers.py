@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -203,6 +205,30 @@ def test_verify_finds_damage_in_a_saved_model(tmp_path) -> None:
     quantized.dequantize()
     quantized.save_pretrained(tmp_path / "dense-again")
     assert not (tmp_path / "dense-again" / "septet.json").exists()
+
+
+def test_a_pushed_model_verifies(tmp_path, monkeypatch) -> None:
+    save("llama", tmp_path / "dense")
+    quantized = load("llama", tmp_path / "dense", quantization_config=SeptetConfig())
+    sent = tmp_path / "sent"
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
+    modeling = transformers.modeling_utils
+    for name, stand_in in (("hf_api", lambda: hub), ("create_repo", hub.create_repo), ("create_and_tag_model_card", lambda *_, **__: card)):
+        monkeypatch.setattr(modeling, name, stand_in, raising=False)
+    monkeypatch.setattr(type(quantized), "_upload_modified_files", lambda self, folder, *_, **__: shutil.copytree(folder, sent))
+    # The third argument after the folder is push_to_hub.
+    quantized.save_pretrained(tmp_path / "packed", True, None, True)
+    assert not verify(sent).problems
+    assert (sent / "septet.json").read_bytes() == (tmp_path / "packed" / "septet.json").read_bytes()
+    assert "_upload_modified_files" not in vars(quantized)
+
+
+def test_what_another_process_saves_gets_no_hashes(tmp_path) -> None:
+    save("llama", tmp_path / "dense")
+    quantized = load("llama", tmp_path / "dense", quantization_config=SeptetConfig())
+    quantized.save_pretrained(tmp_path / "packed", False)
+    assert not (tmp_path / "packed" / "septet.json").exists()
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])

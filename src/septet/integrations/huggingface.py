@@ -10,6 +10,7 @@ Checkpoints are checked before they are loaded, and the model after it was; noth
 from __future__ import annotations
 
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -200,11 +201,26 @@ class SeptetHfQuantizer(HfQuantizer):
 def save_pretrained(model, save_directory, *args, **keywords):
     """`save_pretrained` of a packed model: that of its class, and septet.json, which `septet verify` needs.
 
-    With `push_to_hub=True` septet.json stays here; `model.push_to_hub` sends it too.
+    What is pushed to a hub is sent before that of its class returns, so septet.json is written just before.
     """
-    result = type(model).save_pretrained(model, save_directory, *args, **keywords)
-    whole = not any(keywords.get(name) for name in ("variant", "distributed_checkpoint")) and not getattr(model, "peft_config", None)
-    if whole and Path(save_directory).is_dir() and keywords.get("is_main_process", True) and _is_first_rank():
+    original = type(model).save_pretrained
+    given = signature(original).bind(model, save_directory, *args, **keywords)
+    given.apply_defaults()
+    chosen = {**given.arguments, **keywords}
+    whole = not any(chosen.get(name) for name in ("variant", "distributed_checkpoint")) and not getattr(model, "peft_config", None)
+    writes = whole and chosen.get("is_main_process", True) and _is_first_rank()
+
+    def upload(directory, *rest, **named):
+        if writes:
+            saved_model.write_hashes(Path(directory))
+        return type(model)._upload_modified_files(model, directory, *rest, **named)
+
+    model._upload_modified_files = upload
+    try:
+        result = original(model, save_directory, *args, **keywords)
+    finally:
+        del model._upload_modified_files
+    if writes and Path(save_directory).is_dir():
         saved_model.write_hashes(Path(save_directory))
     return result
 
