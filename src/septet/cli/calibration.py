@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from septet.cli.device import machine_of
-from septet.cli.eval import read_text
+from septet.cli.texts import hash_of_text, read_spread
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ def calibration_name(choice: str) -> str:
     """
     if choice in ("none", "self"):
         return choice
-    return f"sha256:{hashlib.sha256(read_text(Path(choice)).encode()).hexdigest()}"
+    return f"sha256:{hash_of_text(Path(choice))}"
 
 
 def calibrate_with(
@@ -106,14 +105,15 @@ def _measured(
 
 
 def _read(choice: str, model: torch.nn.Module, shape: tuple[int, int]) -> torch.Tensor:
-    """Windows from a text, evenly spread over it."""
+    """Windows from a text, evenly spread over it; a large one is not read whole."""
     import torch
 
     from septet import loading
     from septet.evaluation.windows import cut_windows
 
     count, context = shape
-    tokens = cut_windows(loading.load_tokenizer(Path(model.name_or_path)), read_text(Path(choice)), context, "all").tokens
+    text = read_spread(Path(choice), count * context)
+    tokens = cut_windows(loading.load_tokenizer(Path(model.name_or_path)), text, context, "all").tokens
     if len(tokens) <= count:
         return tokens
     return tokens[torch.arange(count) * len(tokens) // count]
