@@ -11,7 +11,7 @@ from septet.errors import OptionError, ShapeError
 from septet.kernels import BACKEND_VARIABLE, select_backend
 from septet.quantize import GroupStatistics, dequantize, quantize_trellis
 from septet.quantize.factorization import Factor, factorize
-from septet.quantize.feedback import encode_with_feedback
+from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.refit import refit_output_scale
 
 BITS = 7
@@ -35,6 +35,11 @@ def proxy_loss(errors: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 
 def errors_of(rotated: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return levels / trellis.WIDTHS[BITS].levels_per_sigma - rotated.astype(np.float64)
+
+
+def encode_with_feedback(rotated: np.ndarray, factor: Factor, bits: int, **options: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packed and levels of one matrix whose outputs do not know each other."""
+    return encode_sheets([Sheet(rotated)], factor, bits, **options)[0]
 
 
 # the factor

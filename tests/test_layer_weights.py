@@ -29,7 +29,7 @@ def int8_layer() -> LayerWeights:
 
 def test_segments_and_padding() -> None:
     layer = replace(trellis_layer(), in_features=10, input_scale=np.ones(10, np.float16), input_block=2)
-    assert (layer.padded_in_features, layer.padded_out_features, layer.segment, layer.groups) == (12, 128, 12, 1)
+    assert (layer.padded_in_features, layer.segment, layer.groups) == (12, 12, 1)
     assert replace(layer, activation_segment="block").segment == 2
     assert (split_layer().segment, split_layer().groups) == (8, 2)
     whole = replace(split_layer(), group_size=None, scale=np.ones((1, 2), np.float16), offset=None)
@@ -37,7 +37,7 @@ def test_segments_and_padding() -> None:
     shared = replace(split_layer(), scale=np.ones((1, 4), np.float16), offset=np.ones((1, 4), np.float16))
     assert shared.groups == 2
     odd = replace(int8_layer(), in_features=9, input_block=1, packed=np.zeros((70, 9), np.int8), input_scale=np.ones(9, np.float16))
-    assert (odd.padded_in_features, odd.padded_out_features, odd.segment) == (9, 70, 9)
+    assert (odd.padded_in_features, odd.segment) == (9, 9)
 
 
 def test_most_inputs_still_fit_32_bits() -> None:

@@ -10,7 +10,7 @@ from septet.errors import ShapeError
 from septet.quantize import GroupStatistics, dequantize, quantize_trellis, rotation, scales
 from septet.quantize.allocation import DISTORTIONS, allocate, expected_loss
 from septet.quantize.factorization import Factor, divide, factorize
-from septet.quantize.feedback import Sheet, encode_sheets, encode_with_feedback
+from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.statistics import DRIFT_SHARE, corrected, input_metric, output_factor, output_rows
 
 BITS = 7
@@ -36,7 +36,7 @@ def loss(errors: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> float:
 
 def test_outputs_that_do_not_know_each_other_change_nothing(rng: np.random.Generator) -> None:
     rotated, factor = gaussian(rng, 150, 22), factorize(correlated(rng, 22))
-    alone = encode_with_feedback(rotated, factor, BITS)
+    alone = encode_sheets([Sheet(rotated)], factor, BITS)[0]
     for outputs in (np.eye(150), np.diag(np.arange(1.0, 151))):
         known = factorize(outputs, (1.0,), 64)
         packed, levels = encode_sheets([Sheet(rotated, known)], factor, BITS)[0]
@@ -67,7 +67,7 @@ def test_every_tile_makes_up_for_all_that_came_before(rng: np.random.Generator) 
     for row in range(0, 192, 64):
         for column in range(0, 16, 4):
             tile = np.ascontiguousarray(targets[row : row + 64, column : column + 4], np.float32)
-            again = encode_with_feedback(tile, Factor(None), BITS)[1] / trellis.WIDTHS[BITS].levels_per_sigma - tile
+            again = encode_sheets([Sheet(tile)], Factor(None), BITS)[0][1] / trellis.WIDTHS[BITS].levels_per_sigma - tile
             # Targets are rounded to quarter levels and errors to sixteenths of those: the search is as close all the same.
             mine = own[row : row + 64, column : column + 4]
             assert np.sqrt((mine**2).mean()) == pytest.approx(np.sqrt((again**2).mean()), rel=0.02)

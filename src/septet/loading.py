@@ -1,7 +1,7 @@
 """From a path to a model and its tokenizer, through transformers.
 
 One door for everything that runs a model: a septet directory, an unquantized Hugging Face directory, or a `.gguf` file
-(dequantized while it is read), so that rivals are judged by the same code. Nothing is fetched: a path must exist here.
+(dequantized while it is read), so that rivals are judged by the same code. Only `resolve_source` fetches anything.
 The files are checked before transformers sees them, because its own errors speak of code, not of files; what it still
 refuses becomes a CheckpointError that quotes it. (Importing any part of septet registers it with transformers.)
 """

@@ -22,7 +22,6 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
 CsvOption = Annotated[Path | None, typer.Option(help="Append the rows to this CSV file, with machine, versions and commit.")]
-CsvOption = Annotated[Path | None, typer.Option(help="Append the rows to this CSV file, with machine, versions and commit.")]
 RoundsOption = Annotated[int, typer.Option(help="How often everything is timed, in turns; medians are shown.")]
 ThreadsOption = Annotated[str, typer.Option(help="Numbers of threads, separated by commas; 0: the default.")]
 

@@ -12,8 +12,8 @@ from septet.errors import OptionError
 __all__ = ["hash_of_text", "read_spread"]
 
 _READ_BYTES = 1 << 22
-#: Tokenizers need a hundred times the memory of their text.
-_WHOLE_BYTES = 1 << 24
+#: Tokenizers need 150 times the memory of their text.
+_WHOLE_BYTES = 1 << 23
 #: A token seldom has more bytes than this.
 _BYTES_PER_TOKEN = 16
 _STRETCH_BYTES = 1 << 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS, tile_bytes, tile_grid
+from septet.codes.tile import TILE_INPUTS, tile_bytes, tile_grid
 from septet.errors import OptionError, ShapeError
 
 __all__ = ["CODES", "MAX_IN_FEATURES", "SEGMENTS", "LayerWeights"]
@@ -74,11 +74,6 @@ class LayerWeights:
     def padded_in_features(self) -> int:
         """K rounded up to whole tiles; int8 has no tiles."""
         return self.in_features if self.code == "int8" else -(-self.in_features // TILE_INPUTS) * TILE_INPUTS
-
-    @property
-    def padded_out_features(self) -> int:
-        """N rounded up to whole tiles; int8 has no tiles."""
-        return self.out_features if self.code == "int8" else -(-self.out_features // TILE_OUTPUTS) * TILE_OUTPUTS
 
     @property
     def segment(self) -> int:

@@ -28,7 +28,7 @@ from septet.errors import OptionError, ShapeError
 from septet.kernels import select_backend
 from septet.quantize.factorization import ERROR_BITS, Factor
 
-__all__ = ["BATCH_INPUTS", "Sheet", "encode_sheets", "encode_with_feedback"]
+__all__ = ["BATCH_INPUTS", "Sheet", "encode_sheets"]
 
 #: Inputs between two large products; a matter of speed alone.
 BATCH_INPUTS = 128
@@ -42,13 +42,6 @@ class Sheet:
 
     rotated: np.ndarray
     outputs: Factor = Factor(None)
-
-
-def encode_with_feedback(
-    rotated: np.ndarray, factor: Factor, bits: int, threads: int = 0, batch_inputs: int = BATCH_INPUTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_sheets` for one matrix whose outputs do not know each other."""
-    return encode_sheets([Sheet(rotated)], factor, bits, threads, batch_inputs)[0]
 
 
 def encode_sheets(

@@ -28,13 +28,11 @@ class HessianSum:
 
     Attributes:
         tokens: how many have been added.
-        dropped: how many were left out because they were not finite.
     """
 
     def __init__(self, inputs: int) -> None:
         self._sum = np.zeros((inputs, inputs))
         self.tokens = 0
-        self.dropped = 0
 
     def add(self, activations: np.ndarray) -> None:
         """Add tokens; how they are cut into calls changes the last bits, so cut them the same way every time.
@@ -50,7 +48,6 @@ class HessianSum:
             raise ShapeError(f"activations must be [tokens, {len(self._sum)}]", list(activations.shape), hint)
         finite = np.isfinite(activations).all(axis=1)
         kept = activations if finite.all() else activations[finite]
-        self.dropped += len(activations) - len(kept)
         self.tokens += len(kept)
         for start in range(0, len(kept), _CHUNK_TOKENS):
             self._sum += exact.gram(kept[start : start + _CHUNK_TOKENS])
