@@ -274,3 +274,7 @@ def test_resume_on_a_missing_out_starts_and_on_a_finished_one_does_nothing(sourc
         checkpoints.quantize(source, out)
     with pytest.raises(CheckpointError, match="other bits_per_weight"):
         checkpoints.quantize(source, out, resume=True, bits_per_weight=4.0)
+    other = checkpoints.write_model(out.with_name("other"))
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="must have been made from .*, got another source"):
+        checkpoints.quantize(other, out, resume=True)

@@ -69,7 +69,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
     """
     out = Path(os.path.abspath(out))
     if out.exists():
-        return _check_existing(out, options, resume)
+        return _check_existing(source, out, options, resume)
     made_from = {"septet_version": __version__, "options": options.as_json(), "source": _identify(source)}
     workspace = Workspace(out, made_from | {"changed": _change_times(source)}, resume)
     try:
@@ -103,17 +103,20 @@ def _calibration(
     return hooks.calibrate(directory, layers, folder)
 
 
-def _check_existing(out: Path, options: QuantizeOptions, resume: bool) -> bool:
-    """OUT exists: fine when resuming a run that has finished with the same options."""
+def _check_existing(source: Path, out: Path, options: QuantizeOptions, resume: bool) -> bool:
+    """OUT exists: fine when resuming a run that has finished with the same source and options."""
     if not resume:
         raise CheckpointError(f"{out} must not exist", "something there", "choose another place, delete it, or use --resume")
     if not (out / HASHES_NAME).is_file():
         raise CheckpointError(f"{out} must be a checkpoint that septet made", f"no {HASHES_NAME} in it", "choose another place")
-    made = read_json(out / HASHES_NAME).get("options")
+    hashes = read_json(out / HASHES_NAME)
+    made = hashes.get("options")
     wanted = options.as_json()
     if made != wanted:
         differing = sorted(key for key in wanted if not isinstance(made, dict) or made.get(key) != wanted[key])
         raise CheckpointError(f"{out} must have been made with the same options", f"other {', '.join(differing)}", "choose another place")
+    if hashes.get("source") != _identify(source):
+        raise CheckpointError(f"{out} must have been made from {source}", "another source", "choose another place")
     return False
 
 
