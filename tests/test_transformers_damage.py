@@ -53,6 +53,18 @@ def refused(path: Path, error: type[SeptetError], match: str) -> None:
     assert caught.value.hint
 
 
+def test_a_tensor_in_two_files(packed) -> None:
+    tensors = load_file(packed / "model.safetensors")
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    wrong = {LAYER + ".weight": tensors[LAYER + ".weight"] ^ 1, "model.norm.weight": tensors.pop("model.norm.weight")}
+    for name, held in zip(names, (wrong, tensors)):
+        save_file(held, packed / name, {"format": "pt"})
+    (packed / "model.safetensors").unlink()
+    weight_map = {key: names[1] for key in tensors} | {"model.norm.weight": names[0]}
+    (packed / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    refused(packed, CheckpointError, f"must hold tensors that no other file holds, got {LAYER}.weight, one in")
+
+
 @pytest.mark.parametrize("position", [0.2, 0.9])
 def test_a_flipped_bit(packed, position) -> None:
     file = packed / "model.safetensors"

@@ -29,14 +29,20 @@ def check_files(paths: Sequence[str], quantization: Mapping[str, object]) -> Non
 
     Raises:
         CheckpointError: a file is no safetensors file or damaged; a layer's tensors are not what `layers` says; a tensor is missing, not
-            listed, or has not the CRC that is listed.
+            listed, in two files, or has not the CRC that is listed.
     """
     wrong = [path for path in paths if not str(path).endswith(".safetensors")]
     if wrong:
         hint = "pickle can run code, so septet does not read it; fetch the safetensors files"
         raise CheckpointError("weights must be safetensors files", Path(wrong[0]).name, hint)
     files = {str(path): open_tensor_file(Path(path)) for path in paths}
-    owners = {key: name for name, file in files.items() for key in file.entries}
+    owners: dict[str, str] = {}
+    for name, file in files.items():
+        for key in file.entries.keys() & owners.keys():
+            # Only one of the two would be checked, and the loader may take the other.
+            got = f"one in {Path(owners[key]).name} too"
+            raise CheckpointError(f"{Path(name).name} must hold tensors that no other file holds", f"{key}, {got}", "fetch the checkpoint again")
+        owners |= dict.fromkeys(file.entries, name)
     expected = checksums_of(quantization)
     for key in sorted(expected.keys() - owners.keys()):
         raise CheckpointError(f"the checkpoint must hold {key}, as config.json says", "no such tensor", "fetch the checkpoint again")
