@@ -114,6 +114,21 @@ def test_effort_3_keeps_what_loses_less(tiny_model_dir: Path, tmp_path: Path) ->
     assert stored_average(tmp_path / "out") <= 3.5
 
 
+def test_effort_3_finds_what_it_has_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import septet.cli.quantize as command
+
+    wanted = QuantizeOptions(effort=3, calibration="self")
+    asked = []
+    monkeypatch.setattr(command, "quantize_with_bar", lambda source, out, options, *_: asked.append(options.allocation))
+    for number, made in enumerate([{"allocation": "uniform"}, {"allocation": "measured"}, {"allocation": "measured", "seed": 1}]):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / "septet.json").write_text(json.dumps({"options": wanted.as_json() | made}))
+        command.quantize_best("source", out, wanted, resume=True)
+    # Other options stay other options.
+    assert asked == ["uniform", "measured", "uniform"]
+
+
 @pytest.mark.parametrize("content", ["", "a", "\0"])
 def test_a_text_that_is_too_short_leaves_nothing(content: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"

@@ -122,7 +122,15 @@ def quantize_best(
 
     Both are made beside OUT; arguments and result are those of `quantize_with_bar`.
     """
+    from septet.checkpoint.directory import read_json
+    from septet.checkpoint.integrity import HASHES_NAME
+
     if out.exists() or options.bits_per_weight != 3.5 or options.code != "trellis":
+        if resume and options.bits_per_weight == 3.5 and (out / HASHES_NAME).is_file():
+            # A finished run has kept one of the two; which one is no difference between commands.
+            made = read_json(out / HASHES_NAME).get("options")
+            if made == options.as_json() | {"allocation": "measured"}:
+                options = replace(options, allocation="measured")
         return quantize_with_bar(source, out, options, resume, threads, calibration, device)
     from septet.cli.trial import divergence_on_own_text
 
