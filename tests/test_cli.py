@@ -24,6 +24,12 @@ def test_help_names_every_command_in_order() -> None:
     assert places == sorted(places)
 
 
+def test_help_says_which_models_a_command_takes() -> None:
+    for command in (("verify",), ("inspect",), ("bench", "model"), ("run",), ("eval",)):
+        packed_only = command[0] not in ("run", "eval")
+        assert (".gguf" in septet(*command, "--help").stdout.split("DIR", 2)[2].split("Options")[0]) is not packed_only
+
+
 def test_help_is_light() -> None:
     code = "import atexit, sys; atexit.register(lambda: print(sorted({'numpy', 'torch', 'transformers'} & set(sys.modules))));"
     code += "from septet.cli import app; app(['--help'])"

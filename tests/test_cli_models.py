@@ -174,6 +174,23 @@ def test_demo(tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch
     assert_error(septet(*arguments))
 
 
+def test_an_interrupted_demo_leaves_no_half_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from septet.cli import demo
+
+    def cut_off(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode(encoding))
+        raise KeyboardInterrupt
+
+    file = tmp_path / "trellis.json"
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        demo._store(file, {"made_from": {}})
+    assert not file.exists()
+    monkeypatch.undo()
+    demo._store(file, {"made_from": {}})
+    assert json.loads(file.read_text()) == {"made_from": {}}
+
+
 def test_demo_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from septet.cli import demo
 

@@ -60,7 +60,7 @@ def test_a_tensor_in_two_files(packed) -> None:
     for name, held in zip(names, (wrong, tensors)):
         save_file(held, packed / name, {"format": "pt"})
     (packed / "model.safetensors").unlink()
-    weight_map = {key: names[1] for key in tensors} | {"model.norm.weight": names[0]}
+    weight_map = dict.fromkeys(tensors, names[1]) | {"model.norm.weight": names[0]}
     (packed / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     refused(packed, CheckpointError, f"must hold tensors that no other file holds, got {LAYER}.weight, one in")
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from septet.cli.app import app
-from septet.cli.options import JsonOption
+from septet.cli.options import JsonOption, PackedArgument
 from septet.cli.output import console, print_json, progress_bar
 from septet.errors import OptionError
 
@@ -56,7 +56,7 @@ def kernels(
 
 @bench.command()
 def model(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory.")],
+    directory: PackedArgument,
     against: Annotated[
         list[str] | None, typer.Option(help="A .gguf file, or `llama.cpp`: files of the sizes of DIR with random weights. May be repeated.")
     ] = None,

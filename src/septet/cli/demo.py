@@ -113,7 +113,7 @@ def figures_of(directory: Path, name: str, text: str) -> dict:
         "tokens_per_second": generate.measure_speed(model, prompt, SPEED_TOKENS),
         **result.as_dict(),
     }
-    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _store(file, figures)
     return figures
 
 
@@ -166,6 +166,13 @@ def _files(path: Path) -> dict[str, str]:
 
     names = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".json", ".jinja")]
     return {file.name: sha256_of_file(file) for file in names}
+
+
+def _store(file: Path, figures: dict) -> None:
+    """Write figures whole or not at all, so that an interrupted demo can go on."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _sha256(data: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from septet.cli.app import app
-from septet.cli.options import JsonOption, ModelArgument
+from septet.cli.options import JsonOption, PackedArgument
 from septet.cli.output import console, print_json
 
 __all__ = ["inspect"]
@@ -12,7 +12,7 @@ PARTS = ("linear", "head", "embedding", "other", "total_without_embeddings", "to
 
 
 @app.command()
-def inspect(directory: ModelArgument, as_json: JsonOption = False) -> None:
+def inspect(directory: PackedArgument, as_json: JsonOption = False) -> None:
     """List the layers of a septet directory: code, bits on disk, bytes, error."""
     from septet import checkpoint
 

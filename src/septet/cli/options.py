@@ -17,6 +17,7 @@ __all__ = [
     "JsonOption",
     "MinPOption",
     "ModelArgument",
+    "PackedArgument",
     "PenaltyOption",
     "SeedOption",
     "TemperatureOption",
@@ -42,6 +43,7 @@ class EngineChoice(str, Enum):
 
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory, a Hugging Face directory or a .gguf file.")]
+PackedArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A septet directory.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ActivationOption = Annotated[Activations | None, typer.Option("--activations", help="Round inputs to int8? Default: what the model says.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.")]

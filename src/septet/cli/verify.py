@@ -5,14 +5,14 @@ from __future__ import annotations
 import typer
 
 from septet.cli.app import app
-from septet.cli.options import JsonOption, ModelArgument
+from septet.cli.options import JsonOption, PackedArgument
 from septet.cli.output import note, print_json
 
 __all__ = ["verify"]
 
 
 @app.command()
-def verify(directory: ModelArgument, as_json: JsonOption = False) -> None:
+def verify(directory: PackedArgument, as_json: JsonOption = False) -> None:
     """Compare a septet directory with its checksums."""
     from septet import checkpoint
 

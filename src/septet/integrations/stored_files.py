@@ -40,8 +40,8 @@ def check_files(paths: Sequence[str], quantization: Mapping[str, object]) -> Non
     for name, file in files.items():
         for key in file.entries.keys() & owners.keys():
             # Only one of the two would be checked, and the loader may take the other.
-            got = f"one in {Path(owners[key]).name} too"
-            raise CheckpointError(f"{Path(name).name} must hold tensors that no other file holds", f"{key}, {got}", "fetch the checkpoint again")
+            got = f"{key}, one in {Path(owners[key]).name} too"
+            raise CheckpointError(f"{Path(name).name} must hold tensors that no other file holds", got, "fetch the checkpoint again")
         owners |= dict.fromkeys(file.entries, name)
     expected = checksums_of(quantization)
     for key in sorted(expected.keys() - owners.keys()):
