@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,63 @@ def test_memory_grows_with_the_text(llama: Path, cache: str, bytes_per_vector: i
     assert engine.memory_bytes["cache"] == (pages + 1) * 256 * layers * heads * 2 * bytes_per_vector
     engine.reset()
     assert engine.memory_bytes["cache"] == 0
+
+
+class Interrupted:
+    """A native engine whose call number `at` is interrupted the moment it returns, where Ctrl-C is noticed."""
+
+    def __init__(self, native_engine: object, at: int) -> None:
+        self._engine, self._left = native_engine, at
+
+    def __getattr__(self, name: str) -> object:
+        def call(*arguments: object) -> object:
+            result = getattr(self._engine, name)(*arguments)
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+
+def test_an_interrupted_call_leaves_the_texts_whole(llama: Path, text: list[int]) -> None:
+    wanted = Engine.load(llama).next_logits(text[:9])
+    at, finished = 0, False
+    while not finished:
+        at += 1
+        engine = Engine.load(llama)
+        engine.next_logits(text[:5]), engine.next_logits(text[:7], 1)
+        whole, engine._native = engine._native, Interrupted(engine._native, at)
+        try:
+            engine.step({0: text[5], 1: text[7]})
+            engine.next_logits([*text[:4], 7, 7])
+            engine.reset()
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        engine._native = whole
+        for number in (0, 1):
+            np.testing.assert_array_equal(engine.next_logits(text[:9], number), wanted)
+    assert at > 4
+
+
+def test_an_interrupted_step_can_be_taken_again(llama: Path, text: list[int]) -> None:
+    engine, fresh = Engine.load(llama), Engine.load(llama)
+    fresh.next_logits(text[:5]), engine.next_logits(text[:5])
+    whole, engine._native = engine._native, Interrupted(engine._native, 2)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step({0: 7})
+    engine._native = whole
+    np.testing.assert_array_equal(engine.step({0: 7}), fresh.step({0: 7}))
+
+
+def test_callers_in_several_threads_wait_for_each_other(llama: Path, text: list[int]) -> None:
+    engine = Engine.load(llama, threads=1)
+    prompts = [text[:4] + text[start : start + 3] for start in range(8, 108)]
+    wanted = [engine.next_logits(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine.next_logits, prompts))
+    np.testing.assert_array_equal(found, wanted)
 
 
 # ---- several texts ----

@@ -7,6 +7,7 @@ native code computes every token the same way wherever a call begins and whateve
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,9 @@ class Engine:
         self.context = context
         self.threads = threads
         self._native = native
+        # What the native texts are known to begin with: never ahead of them, so an interruption anywhere leaves both usable.
         self._texts: list[list[int]] = [[]]
+        self._lock = threading.RLock()
 
     @classmethod
     def load(
@@ -92,9 +95,10 @@ class Engine:
 
     def reset(self) -> None:
         """Forget all texts."""
-        for text in range(len(self._texts)):
-            self._native.truncate(0, text)
-        self._texts = [[]]
+        with self._lock:
+            for text in range(len(self._texts)):
+                self._keep(text, 0)
+            self._texts = [[]]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits after every token of a text.
@@ -108,8 +112,10 @@ class Engine:
         Raises:
             OptionError: no token, one outside the vocabulary, or too many.
         """
-        self.reset()
-        return self._append(_as_tokens(tokens), len(tokens))
+        ids = _as_tokens(tokens)
+        with self._lock:
+            self.reset()
+            return self._append(ids, len(ids))
 
     def next_logits(self, tokens: Sequence[int], text: int = 0) -> np.ndarray:
         """The logits after the last token of a text; the beginning that the cache holds already costs nothing.
@@ -127,13 +133,11 @@ class Engine:
         ids = _as_tokens(tokens)
         if not 0 <= text < MAX_TEXTS:
             raise OptionError(f"a text must be in 0..{MAX_TEXTS - 1}", text, "choose another")
-        self._texts += ([] for _ in range(text + 1 - len(self._texts)))
-        held = self._texts[text]
-        known = min(_common_length(held, ids), len(ids) - 1)
-        if known < len(held):
-            self._native.truncate(known, text)
-            del held[known:]
-        return self._append(ids[known:], 1, text)[0]
+        with self._lock:
+            self._texts += ([] for _ in range(text + 1 - len(self._texts)))
+            known = min(_common_length(self._texts[text], ids), len(ids) - 1)
+            self._keep(text, known)
+            return self._append(ids[known:], 1, text)[0]
 
     def step(self, tokens: Mapping[int, int]) -> np.ndarray:
         """Append one token to each of several texts; the weights are read once for all of them.
@@ -148,13 +152,16 @@ class Engine:
             OptionError: no text, one without a prompt, one that is full, or a token outside the vocabulary.
         """
         ids = _as_tokens(list(tokens.values()))
-        strangers = [text for text in tokens if not 0 <= text < len(self._texts) or not self._texts[text]]
-        if strangers:
-            raise OptionError("a text must begin with a prompt", f"text {strangers[0]} without one", "call next_logits first")
-        logits = self._native.step(np.array(list(tokens), np.int64), ids, self.threads)
-        for text, token in tokens.items():
-            self._texts[text].append(int(token))
-        return logits
+        with self._lock:
+            strangers = [text for text in tokens if not 0 <= text < len(self._texts) or not self._texts[text]]
+            if strangers:
+                raise OptionError("a text must begin with a prompt", f"text {strangers[0]} without one", "call next_logits first")
+            for text in tokens:
+                self._keep(text, len(self._texts[text]))
+            logits = self._native.step(np.array(list(tokens), np.int64), ids, self.threads)
+            for text, token in tokens.items():
+                self._texts[text].append(int(token))
+            return logits
 
     def generate(self, prompt: Sequence[int], sampling: Sampling | None = None, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Yield new tokens until one of `stop` (which is not yielded), the limit, or the end of the context.
@@ -220,6 +227,12 @@ class Engine:
     def _check_room(self, prompt: Sequence[int]) -> None:
         if len(prompt) >= self.context:
             raise OptionError(f"a prompt must be shorter than the model's {self.context} positions", f"{len(prompt)} tokens", "shorten it")
+
+    def _keep(self, text: int, known: int) -> None:
+        """Forget all but the first `known` tokens of a text, and what an interrupted call left behind them."""
+        del self._texts[text][known:]
+        if self._native.length(text) > known:
+            self._native.truncate(known, text)
 
     def _append(self, ids: np.ndarray, wanted: int, text: int = 0) -> np.ndarray:
         logits = self._native.append(ids, wanted, self.threads, text)
