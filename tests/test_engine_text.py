@@ -11,10 +11,12 @@ import pytest
 
 from command import PROMPT, assert_error, broken, quantized, septet, septet_json, septet_process  # noqa: F401
 from septet.engine.sampling import Sampler, Sampling
+from septet.engine.shape import _windows
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
+import engine_models
 from septet import generate
 from septet.engine import Engine, Tokenizer
 from septet.loading import load_tokenizer
@@ -237,7 +239,7 @@ def rewrite(directory: Path, **changes: object) -> None:
         {"num_attention_heads": "4"},
         {"num_hidden_layers": 10**9},
         {"vocab_size": None},
-        {"head_dim": 15},
+        *({"head_dim": 15}, {"head_dim": 258}, {"intermediate_size": 1 << 17}),
         {"hidden_act": "gelu"},
         {"model_type": "mamba"},
         {"rope_parameters": {"rope_type": "default", "rope_theta": -1}},
@@ -252,6 +254,19 @@ def test_shapes_the_engine_does_not_know(broken: Path, changes: dict) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         Engine.load(broken)
     assert caught.value.requirement.startswith("for the native engine, ") and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 8}, (0, 0)),
+        ({"model_type": "mistral"}, (4096, 4096)),
+        ({"model_type": "qwen2", "sliding_window": 8}, (0, 0)),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "layer_types": engine_models.WINDOW_TYPES}, (0, 8)),
+    ],
+)
+def test_windows_are_those_of_transformers(config: dict, windows: tuple[int, ...]) -> None:
+    assert _windows(config, config["model_type"], 2) == windows
 
 
 @pytest.mark.parametrize(

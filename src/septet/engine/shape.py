@@ -19,9 +19,10 @@ __all__ = ["FAMILIES", "ModelShape", "read_shape"]
 #: model_type -> what it adds to a plain Llama.
 FAMILIES = {"llama": (), "mistral": (), "qwen2": ("qkv_bias",), "qwen3": ("head_norm",)}
 _HINT = "run this model through transformers"
-_MAX_SIZE = 1 << 28
+_MAX_SIZE, _MAX_INPUTS, _MAX_HEAD_DIM = 1 << 28, 131_071, 256
 _MAX_CONTEXT = 1 << 24
 _MAX_NUMBER = 1e30
+_WINDOW, _FIRST_WINDOWED = 4096, 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +76,15 @@ def read_shape(config: Mapping[str, object]) -> ModelShape:
     epsilon = config.get("rms_norm_eps", 1e-6)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise _unsupported("rms_norm_eps must be between 0 and 1", epsilon)
-    if head_dim % 2 or layers > 1 << 12:
-        raise _unsupported("head_dim must be even, with at most 4096 layers", f"{head_dim} and {layers}")
+    if head_dim % 2 or head_dim > _MAX_HEAD_DIM or layers > 1 << 12:
+        raise _unsupported(f"head_dim must be even and at most {_MAX_HEAD_DIM}, with at most 4096 layers", f"{head_dim} and {layers}")
+    intermediate = _size(config, "intermediate_size")
+    if max(hidden, intermediate, heads * head_dim) > _MAX_INPUTS:
+        raise _unsupported(f"layers must have at most {_MAX_INPUTS} inputs", f"{hidden}, {intermediate} and {heads} x {head_dim}")
     return ModelShape(
         layers=layers,
         hidden=hidden,
-        intermediate=_size(config, "intermediate_size"),
+        intermediate=intermediate,
         heads=heads,
         kv_heads=_size(config, "num_key_value_heads", heads),
         head_dim=head_dim,
@@ -90,7 +94,7 @@ def read_shape(config: Mapping[str, object]) -> ModelShape:
         tied=config.get("tie_word_embeddings", False) is True,
         head_norm="head_norm" in FAMILIES[family],
         frequencies=_frequencies(config, head_dim),
-        windows=_windows(config, layers),
+        windows=_windows(config, family, layers),
     )
 
 
@@ -142,17 +146,17 @@ def _scale_llama3(plain: np.ndarray, rope: Mapping[str, object]) -> np.ndarray:
     return kept * plain + (1 - kept) * plain / factor
 
 
-def _windows(config: Mapping[str, object], layers: int) -> tuple[int, ...]:
-    """Per layer: positions seen, 0 for all."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window", True) is False:
+def _windows(config: Mapping[str, object], family: str, layers: int) -> tuple[int, ...]:
+    """Per layer: positions seen, 0 for all; what a config leaves out is what transformers assumes for the family."""
+    used = family == "mistral" or (family in ("qwen2", "qwen3") and config.get("use_sliding_window") is True)
+    if not used or config.get("sliding_window", _WINDOW) is None:
         return (0,) * layers
-    window = _size(config, "sliding_window")
-    if "max_window_layers" not in config:
+    window = _size(config, "sliding_window", _WINDOW)
+    if family == "mistral":
         return (window,) * layers
     types = config.get("layer_types")
     if types is None:
-        first = config["max_window_layers"]
+        first = config.get("max_window_layers", _FIRST_WINDOWED)
         if type(first) is not int:
             raise _unsupported("max_window_layers must be a whole number", repr(first))
         return tuple(window if layer >= first else 0 for layer in range(layers))
