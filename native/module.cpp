@@ -25,7 +25,7 @@ int64_t positive(int64_t value, const char* name) {
 septet_activations activations_of(const AnyArray& xq, const AnyArray& xscale, int64_t features, int64_t segment) {
     const int8_t* values = view<int8_t>(xq, "activations", {kAny, features});
     positive(segment, "a segment");
-    const int64_t tokens = size_of(xq, 0), segments = static_cast<int64_t>(ceil_of(features, std::min(segment, features)));
+    const int64_t tokens = size_of(xq, 0), segments = static_cast<int64_t>(ceil_of(features, std::min(segment, std::max<int64_t>(features, 1))));
     return {values, view<float>(xscale, "activation scales", {tokens, segments}), tokens, segment};
 }
 

@@ -181,6 +181,14 @@ def test_wrong_arguments_raise_septet_errors(rng: np.random.Generator) -> None:
         native.quantize_activations(np.zeros((2, 6), np.float32), 0)
     with pytest.raises(OptionError, match="threads"):
         native.trellis_encode(np.zeros((1, 256), np.int16), 7, -1)
+    empty = np.zeros((2, 0), np.int8)
+    with pytest.raises(ShapeError):
+        native.int8_product(empty, np.ones(2, np.float32), empty, np.zeros((2, 0), np.float32))
+    for scale, offset in ((np.ones((64, 2)), None), (np.ones((64, 4)), np.ones((64, 2)))):
+        with pytest.raises(ShapeError):
+            native.split_product(packed, scale, offset, xq, np.ones((2, 2), np.float32), 4, 64)
+        with pytest.raises(ShapeError):
+            native.split_product_float(packed, scale, offset, xq.astype(np.float32), 4, 64)
 
 
 def test_an_unknown_build_is_refused() -> None:

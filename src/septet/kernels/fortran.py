@@ -170,10 +170,12 @@ def trellis_product_float(packed: np.ndarray, bits: int, x: np.ndarray) -> np.nd
     return y
 
 
-def _transposed(scales: np.ndarray | None, out_features: int) -> np.ndarray | None:
-    """Scales or offsets of the split code, [N or 1, 2*G], as septet.h wants them: float32 [2*G, N padded to 64]."""
+def _transposed(scales: np.ndarray | None, out_features: int, groups: int) -> np.ndarray | None:
+    """Scales or offsets of the split code, [N or 1, 2*G], as septet.h wants them: float32 [2*G, N padded to 64]; ShapeError else."""
     if scales is None:
         return None
+    if scales.ndim != 2 or scales.shape[0] not in (1, out_features) or scales.shape[1] != 2 * groups:
+        raise ShapeError(f"scales must be [{out_features} or 1, {2 * groups}]", list(scales.shape), "check group_size")
     result = np.zeros((scales.shape[1], -(-out_features // TILE_OUTPUTS) * TILE_OUTPUTS), np.float32)
     result[:, :out_features] = scales.T
     return result
@@ -195,7 +197,7 @@ def split_product(
     """Product of int8 [M, T*4], float32 scales [M, G], with split weights: float32 [M, out_features]; see `kernels.reference`."""
     tiles = c.tiles_of(packed, 7)
     activations = _activations(xq, xscale, tiles.columns * TILE_INPUTS, group)
-    steps, offsets = _transposed(scale, out_features), _transposed(offset, out_features)
+    steps, offsets = (_transposed(array, out_features, xscale.shape[1]) for array in (scale, offset))
     y = np.empty((len(xq), out_features), np.float32)
     scales = c.SplitScales(_address(steps), _address(offsets), group)
     _call("split_product", tiles, scales, activations, out_features, y, _NO_THREADS)
@@ -208,7 +210,10 @@ def split_product_float(
     """Product of float32 [M, T*4] with split weights: float32 [M, out_features]."""
     tiles = c.tiles_of(packed, 7)
     c.checked(x, "activations", np.float32, (None, tiles.columns * TILE_INPUTS))
-    steps, offsets = _transposed(scale, out_features), _transposed(offset, out_features)
+    if group < 1:
+        raise ShapeError("a group must be at least 1", group, "use the number of inputs for one group")
+    groups = -(-x.shape[1] // group)
+    steps, offsets = (_transposed(array, out_features, groups) for array in (scale, offset))
     y = np.empty((len(x), out_features), np.float32)
     scales = c.SplitScales(_address(steps), _address(offsets), group)
     _call("split_product_float", tiles, scales, x, len(x), out_features, y, _NO_THREADS)
@@ -252,7 +257,7 @@ def prepare(layer: LayerWeights) -> PreparedLayer:
     """
     scales = [layer.scale, layer.offset, layer.input_scale]
     if layer.code == "split":
-        scales = [*(_transposed(array, layer.out_features) for array in scales[:2]), None]
+        scales = [*(_transposed(array, layer.out_features, layer.groups) for array in scales[:2]), None]
     arrays = (layer.packed, *(None if array is None else array.astype(np.float32) for array in scales))
     sizes = layer.in_features, layer.out_features
     blocks = layer.input_block, layer.output_block, layer.group_size or 0, layer.segment
