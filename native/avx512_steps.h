@@ -93,6 +93,9 @@ inline int32_t sum_of(const int8_t* x, int64_t count) {
     return sums[0] + sums[1] + (count % 2 ? x[count - 1] : 0);
 }
 
+// With a bias, neither summand need fit what their sum fits.
+inline void add_wrapping(int32_t& sum, int32_t part) { sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(part)); }
+
 // Rows of int8 against rows of int8. Dot says how `Dot::inputs` bytes at a time are loaded and multiplied; each product is too large by Dot::bias * sum(x).
 template <class Dot>
 [[gnu::flatten]] void row_product_with(const int8_t* weight, int64_t rows, int64_t features, Rows x, int32_t* sums) {
@@ -113,7 +116,7 @@ template <class Dot>
                 repeat<tokens>([&](auto m) { sum[r][m] = Dot::add_product(sum[r][m], w, input[m]); });
             });
         }
-        repeat<row_count, tokens>([&](auto r, auto m) { sums[(token + m) * rows + row + r] += _mm512_reduce_add_epi32(sum[r][m]); });
+        repeat<row_count, tokens>([&](auto r, auto m) { add_wrapping(sums[(token + m) * rows + row + r], _mm512_reduce_add_epi32(sum[r][m])); });
     });
 }
 

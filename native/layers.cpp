@@ -58,7 +58,8 @@ int check_layer(const septet_layer* layer, bool dense_too) {
     if (!is_block(layer->input_block, layer->in_features) || !is_block(layer->output_block, layer->out_features)) return SEPTET_ERROR_BLOCK;
     if (layer->code != SEPTET_TRELLIS && layer->output_block != 1) return SEPTET_ERROR_BLOCK;
     if (layer->code == SEPTET_SPLIT && (layer->group_size < 0 || layer->group_size % kTileInputs != 0)) return SEPTET_ERROR_GROUP;
-    if (dense) return fits(layer->out_features, layer->in_features) && layer->input_block == 1 ? SEPTET_OK : SEPTET_ERROR_SIZE;
+    if (!fits(layer->out_features, layer->in_features)) return SEPTET_ERROR_SIZE;  // before sizes are rounded up
+    if (dense) return layer->input_block == 1 ? SEPTET_OK : SEPTET_ERROR_SIZE;
     const Layer sizes(*layer);
     const septet_rows rows = sizes.rows();
     if (layer->code == SEPTET_INT8) return check_rows(&rows);
