@@ -69,13 +69,17 @@ public:
 
     int64_t length(int64_t text) const {
         int64_t length = 0;
+        const nb::gil_scoped_release released;  // another thread may be running the engine
         septet_engine_length(engine_, text, &length);
         return length;
     }
 
     nb::object memory() const {
         int64_t weights = 0, cache = 0;
-        septet_engine_memory(engine_, &weights, &cache);
+        {
+            const nb::gil_scoped_release released;
+            septet_engine_memory(engine_, &weights, &cache);
+        }
         return nb::make_tuple(weights, cache);
     }
 
