@@ -127,7 +127,7 @@ template <class Decoder>
 // Short segments would spend their time on storing sums and fetching them again, so everything stays in registers from the first to the last.
 // Two rows of tiles side by side are two streams from memory, which fetch more than one does.
 template <class Decoder, int rows>
-[[gnu::flatten]] void side_by_side(const TileRows& w, const SegmentedRow& x, float* y) {
+[[gnu::flatten]] void rows_product(const TileRows& w, const SegmentedRow& x, float* y) {
     constexpr int bytes = tile_bytes(Decoder::bits);
     const Decoder decoder;
     __m512 total[rows][kSteps];
@@ -160,8 +160,8 @@ template <class Decoder>
 void segment_product(const TileRows& w, const SegmentedRow& x, float* y) {
     TileRows rest = w;
     for (; rest.count > 1; rest.count -= 2, rest.packed += 2 * rest.tiles * tile_bytes(Decoder::bits), y += 2 * kTileOutputs)
-        side_by_side<Decoder, 2>(rest, x, y);
-    if (rest.count == 1) side_by_side<Decoder, 1>(rest, x, y);
+        rows_product<Decoder, 2>(rest, x, y);
+    if (rest.count == 1) rows_product<Decoder, 1>(rest, x, y);
 }
 
 [[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {

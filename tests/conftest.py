@@ -6,6 +6,7 @@ The variable SEPTET_EXPECT_BACKENDS (see tools/expected_backends.py) says which 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,23 @@ EXPECT_VARIABLE = "SEPTET_EXPECT_BACKENDS"
 
 
 def covered_backends() -> list[str]:
-    """Every backend that works here, with the instruction sets and compilers that some of them have."""
+    """Every backend that works here, with the instruction sets and compilers that some of them have, and what the other tests need."""
     names = working_backends()
-    return sorted([*names, *(variant for name in names for variant in variants(name))])
+    return sorted([*names, *(variant for name in names for variant in variants(name)), *working_frameworks()])
+
+
+def working_frameworks() -> list[str]:
+    """`torch`, `transformers` and `cuda`, as far as they work here: tests that need them are skipped without."""
+    found = []
+    for name in ("torch", "transformers"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        found.append(name)
+        if name == "torch" and module.cuda.is_available():
+            found.append("cuda")
+    return found
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -163,12 +163,8 @@ def test_triton_and_dequantize(name, rng, monkeypatch) -> None:
     assert np.array_equal(linear(layer, x, "int8").numpy(), wanted(layer, x, "int8"))
 
 
-@pytest.mark.parametrize("activations", ["int8", "float"])
-@pytest.mark.parametrize("name", ["7", "7, blocks", "int8"])
-def test_graphs_capture_it_and_repeat_its_bits(name, activations, rng) -> None:
-    layer = EVERY[name](rng)
-    tensors, description = on_gpu(layer), described(layer, activations)
-    x = torch.randn(4, layer.in_features, device="cuda")
+def assert_graph_repeats(x: torch.Tensor, tensors: tuple, description: object) -> None:
+    """A captured layer gives the bits of the layer itself for other inputs; x: float [M, K] on the GPU."""
     operators.linear(x, tensors, description)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,6 +173,15 @@ def test_graphs_capture_it_and_repeat_its_bits(name, activations, rng) -> None:
         x.normal_()
         graph.replay()
         assert torch.equal(y, operators.linear(x, tensors, description))
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("name", ["7", "7, blocks", "int8"])
+def test_graphs_capture_it_and_repeat_its_bits(name, activations, rng) -> None:
+    layer = EVERY[name](rng)
+    tensors, description = on_gpu(layer), described(layer, activations)
+    x = torch.randn(4, layer.in_features, device="cuda")
+    assert_graph_repeats(x, tensors, description)
 
 
 def test_compile_without_graph_break(rng) -> None:

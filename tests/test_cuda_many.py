@@ -7,14 +7,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip("needs a Hopper GPU and a torch built for it", allow_module_level=True)
+    pytest.skip("needs a Hopper GPU and a torch built for CUDA; test_gpu.py compiles these kernels without", allow_module_level=True)
 
 import tolerances  # noqa: E402
 from layers import trellis_layer  # noqa: E402
-from septet import operators  # noqa: E402
 from septet.gpu import many  # noqa: E402
 from septet.kernels import LayerWeights  # noqa: E402
-from test_cuda import activations_of, described, linear, on_gpu, poisoned_memory, wanted  # noqa: E402, F401
+from test_cuda import activations_of, assert_graph_repeats, described, linear, on_gpu, poisoned_memory, wanted  # noqa: E402, F401
 
 #: name -> width, outputs, inputs, blocks of inputs and outputs
 SIZES = {
@@ -83,11 +82,4 @@ def test_graphs_capture_it_and_repeat_its_bits(activations, rng) -> None:
     layer = layer_of("several", "block", rng)
     tensors, description = on_gpu(layer), described(layer, activations)
     x = torch.randn(300, layer.in_features, device="cuda", dtype=torch.bfloat16)
-    operators.linear(x, tensors, description)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = operators.linear(x, tensors, description)
-    for _ in range(5):
-        x.normal_()
-        graph.replay()
-        assert torch.equal(y, operators.linear(x, tensors, description))
+    assert_graph_repeats(x, tensors, description)

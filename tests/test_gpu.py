@@ -77,7 +77,7 @@ def test_cuda_kernels_compile(architecture) -> None:
         compiled.trellis_source("values.cu", "layer.cu", bits=7, dtype=2),
         compiled.trellis_source("product.cu", bits=6, many=True),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
-        compiled.source_of("values.cu", "activations.cu", E=2, DTYPE=1),
+        compiled.source_of("values.cu", "launch.cu", "activations.cu", E=2, DTYPE=1),
         compiled.trellis_source("levels.cu", bits=7),
         compiled.trellis_source("levels.cu", bits=8, places=2),
     ]

@@ -1,6 +1,7 @@
 """Print the backends and instruction sets that must work on this machine, for SEPTET_EXPECT_BACKENDS.
 
-The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green.
+The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. torch and
+transformers are always expected, because `make test` installs them, and cuda where torch is built for it and the machine has a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+def gpu_backends() -> list[str]:
+    """`cuda` where there is a GPU of NVIDIA's and the installed torch is built for it."""
+    import torch
+
+    return ["cuda"] if torch.version.cuda and any(Path("/dev").glob("nvidia[0-9]*")) else []
+
+
 if __name__ == "__main__":
     flags = cpu_flags()
     sets = [name for name, needed in REQUIRED_FLAGS.items() if needed <= flags]
-    print(",".join(["reference", "native", "scalar", *sets, *fortran_backends()]))
+    print(",".join(["reference", "native", "scalar", *sets, *fortran_backends(), "torch", "transformers", *gpu_backends()]))

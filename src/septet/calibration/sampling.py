@@ -75,12 +75,12 @@ def sample_windows(
 
 def _write(model: nn.Module, tokens: torch.Tensor, context: int, generator: torch.Generator) -> torch.Tensor:
     """Draw until int64 [rows, 1] has grown to [rows, context]."""
-    from septet.calibration.roomy_cache import with_room  # transformers is needed only here
+    from septet.calibration.preallocated_cache import preallocate  # transformers is needed only here
 
     cache, latest = None, tokens
     while tokens.shape[1] < context:
         output = model(input_ids=latest, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values if cache is not None else with_room(output.past_key_values, context)
+        cache = output.past_key_values if cache is not None else preallocate(output.past_key_values, context)
         latest = torch.multinomial(torch.softmax(output.logits[:, -1].float(), -1), 1, generator=generator)
         tokens = torch.cat([tokens, latest], 1)
     return tokens

@@ -10,19 +10,6 @@ constexpr int kThreads = 256, kValues = E * kThreads;
 __shared__ float exchange[3][kValues];
 __shared__ u32 maxima[8];
 
-// Before sm_90 there is nothing to wait for: a launch begins when the one before it has ended.
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_the_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Hadamard blocks of at most kValues, normalized; `normal` is 1 / sqrt(block).
 __device__ __forceinline__ void rotate_values(float (&v)[E], int block, float normal) {
     const int tid = threadIdx.x;

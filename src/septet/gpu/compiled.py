@@ -94,7 +94,7 @@ def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = 
     """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
     macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": warps_of(many), "PLACES": places}
-    return source_of("decode.cu", *files, **(macros | more))
+    return source_of("launch.cu", "decode.cu", *files, **(macros | more))
 
 
 @cache
@@ -178,7 +178,7 @@ def levels_kernel(device: int, bits: int) -> Kernel:
 
 @cache
 def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> Kernel:
-    source = source_of("values.cu", "activations.cu", E=each, DTYPE=DTYPES[dtype])
+    source = source_of("values.cu", "launch.cu", "activations.cu", E=each, DTYPE=DTYPES[dtype])
     return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], THREADS)
 
 

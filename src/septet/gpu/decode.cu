@@ -31,19 +31,6 @@ __device__ __forceinline__ u16 half_of(float value) {
     return bits;
 }
 
-// Before sm_90 there is nothing to wait for: a launch begins when the one before it has ended.
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_the_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // The unused top bit of an index byte is looked up like the rest: entries 128 .. 255 repeat 0 .. 127.
 __device__ __forceinline__ void fill_table() {
     for (int i = threadIdx.x; i < kTableWords / 4; i += blockDim.x) {

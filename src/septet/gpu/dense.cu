@@ -81,9 +81,6 @@ __device__ __forceinline__ void line_up_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_the_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
-
 // Where a role is in the ring.
 struct Turn {
     int slot;

@@ -63,7 +63,7 @@ class _Arguments(ctypes.Structure):
 
 def dense_source(mode: int, dtype: torch.dtype) -> str:
     """dense.cu for a mode and the dtype of the result."""
-    return source_of("values.cu", "dense.cu", MODE=mode, STAGES=_STAGES, DTYPE=DTYPES[dtype])
+    return source_of("values.cu", "launch.cu", "dense.cu", MODE=mode, STAGES=_STAGES, DTYPE=DTYPES[dtype])
 
 
 @cache

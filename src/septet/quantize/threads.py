@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 
 from septet.errors import OptionError
 
-__all__ = ["default_threads", "one_blas_thread", "side_by_side"]
+__all__ = ["default_threads", "one_blas_thread", "parallel_map"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -45,13 +45,16 @@ def one_blas_thread() -> AbstractContextManager[object]:
     return _blas().limit(limits=1, user_api="blas")
 
 
-def side_by_side(work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0) -> list[_Result]:
+def parallel_map(work: Callable[[_Item], _Result], items: Sequence[_Item], threads: int = 0) -> list[_Result]:
     """Apply `work` to all items, each on a thread of its own; a single one has all threads of numpy's products.
 
     Args:
         work: called in worker threads; numpy lets them run at the same time.
         items: what to work on.
         threads: 0 is the default number.
+
+    Returns:
+        The results in the order of the items, the same with any number of threads if `work` is.
     """
     if len(items) < 2:
         return [work(item) for item in items]

@@ -23,7 +23,7 @@ from septet.quantize.feedback import Sheet, encode_sheets
 from septet.quantize.refit import refit_output_scale
 from septet.quantize.statistics import GroupStatistics, InputMetric, corrected, input_metric, output_factor, output_importance, output_rows
 from septet.quantize.tensor import QuantizedTensor, RowSource, common_inputs
-from septet.quantize.threads import one_blas_thread, side_by_side
+from septet.quantize.threads import one_blas_thread, parallel_map
 
 __all__ = ["quantize_trellis", "row_scales"]
 
@@ -80,11 +80,11 @@ def quantize_trellis(
         wanted = rotation.random_signs(seed, f"{name}/out", weight.shape[0]) * magnitude / 2.0**exponent
         makers.append(_Maker(weight, name, wanted, basis, None if known is None else known[position]))
     for bunch in _bunches([piece for maker in makers for piece in maker.pieces()], basis.piece_weights()):
-        prepared = side_by_side(lambda piece: piece[0].prepare(*piece[1:]), bunch, threads)
+        prepared = parallel_map(lambda piece: piece[0].prepare(*piece[1:]), bunch, threads)
         with one_blas_thread():
             encoded = encode_sheets([sheet for sheet, _ in prepared], metric.factor, bits_per_pair, threads)
         found = [(maker.name, sheet.rotated, scale, levels) for (maker, _, _), (sheet, scale), (_, levels) in zip(bunch, prepared, encoded)]
-        fitted = side_by_side(lambda piece: basis.refit(*piece), found, threads)
+        fitted = parallel_map(lambda piece: basis.refit(*piece), found, threads)
         for (maker, start, stop), scale, (coded, levels) in zip(bunch, fitted, encoded):
             maker.accept(slice(start, stop), scale, coded, levels)
     return [maker.result() for maker in makers]

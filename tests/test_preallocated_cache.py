@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 
-from septet.calibration.roomy_cache import with_room  # noqa: E402
+from septet.calibration.preallocated_cache import preallocate  # noqa: E402
 from septet.loading import load_model  # noqa: E402
 
 TOKENS = 12
@@ -20,7 +20,7 @@ def cached(model: torch.nn.Module, room: bool) -> tuple[torch.Tensor, list[tuple
     tokens = torch.randint(0, 256, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         cache = model(input_ids=tokens[:, :1], use_cache=True).past_key_values
-        cache = with_room(cache, TOKENS) if room else cache
+        cache = preallocate(cache, TOKENS) if room else cache
         parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in tokens[:, 1:].split([1, 4, 6], 1)]
     assert cache.get_seq_length() == TOKENS
     return torch.cat(parts, 1), [(layer.keys, layer.values) for layer in cache.layers]
@@ -37,7 +37,7 @@ def test_the_same_keys_values_and_predictions(tiny_model_dir: Path) -> None:
 def test_memory_is_taken_once(tiny_model_dir: Path) -> None:
     model = load_model(tiny_model_dir, dtype="float32")
     with torch.no_grad():
-        cache = with_room(model(input_ids=torch.tensor([[1]]), use_cache=True).past_key_values, TOKENS)
+        cache = preallocate(model(input_ids=torch.tensor([[1]]), use_cache=True).past_key_values, TOKENS)
         places = []
         for token in range(2, TOKENS):
             model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
@@ -51,4 +51,4 @@ def test_other_caches_stay_as_they_are() -> None:
     config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16)
     cache = StaticCache(config=config, max_cache_len=TOKENS)
     layers = list(cache.layers)
-    assert with_room(cache, TOKENS) is cache and cache.layers == layers
+    assert preallocate(cache, TOKENS) is cache and cache.layers == layers

@@ -11,15 +11,19 @@ import math
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-__all__ = ["with_room"]
+__all__ = ["preallocate"]
 
 
-def with_room(cache: Cache, tokens: int) -> Cache:
+def preallocate(cache: Cache, tokens: int) -> Cache:
     """Give a growing cache room.
 
     Args:
-        cache: behind the first tokens of a text. Layers that keep a window of the text stay as they are, and so do other caches.
+        cache: behind the first tokens of a text, changed in place: keys and values [rows, heads, tokens so far, features], any dtype.
+            Layers that keep a window of the text stay as they are, and so do other caches.
         tokens: of the whole text.
+
+    Returns:
+        The same cache.
     """
     if not isinstance(cache, DynamicCache):
         return cache
@@ -29,11 +33,11 @@ def with_room(cache: Cache, tokens: int) -> Cache:
     store = growing[0].keys.new_empty(sum(map(math.prod, sizes))) if growing else None
     parts = iter(store.split([math.prod(size) for size in sizes]) if growing else ())
     shaped = iter(part.view(size) for part, size in zip(parts, sizes))
-    cache.layers = [_RoomyLayer(layer, next(shaped), next(shaped)) if layer in growing else layer for layer in cache.layers]
+    cache.layers = [_PreallocatedLayer(layer, next(shaped), next(shaped)) if layer in growing else layer for layer in cache.layers]
     return cache
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values that grow within memory taken once.
 
     Args:
