@@ -14,7 +14,9 @@ if not importlib.util.find_spec("triton"):
 
 from packed_models import FAMILIES, packed_model  # noqa: E402
 from septet import generate  # noqa: E402
-from septet.errors import UnsupportedModelError  # noqa: E402
+from septet.cli.model import load  # noqa: E402
+from septet.cli.options import EngineChoice  # noqa: E402
+from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
 from septet.gpu import compiled, driver, token  # noqa: E402
 from septet.gpu_engine.reading import read_blocks, read_rotary, read_sizes  # noqa: E402
 
@@ -80,6 +82,11 @@ def test_a_device_alone_goes_through_transformers(tiny_model_dir: Path) -> None:
     model, _ = generate.load(tiny_model_dir, device="cpu:0")
     assert isinstance(model, transformers.PreTrainedModel) and model.device.type == "cpu"
     assert len(list(generate.generate_tokens(model, [1, 2, 3], generate.Sampling(4, temperature=0)))) == 4
+
+
+def test_a_model_does_not_run_on_several_devices(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="one device"):
+        load(tmp_path, None, EngineChoice.auto, "cuda:0,cuda:1")
 
 
 def same_layout(name: str, structure: type) -> str:

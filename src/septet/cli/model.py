@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from septet.cli.device import check_device
+from septet.cli.device import check_device, devices_of
 from septet.cli.options import Activations, EngineChoice
 from septet.cli.output import note, quiet_libraries
-from septet.errors import SeptetError
+from septet.errors import OptionError, SeptetError
 
 __all__ = ["load"]
 
@@ -16,6 +16,8 @@ def load(directory: Path, activations: Activations | None, engine: EngineChoice,
     """(model, tokenizer) of `septet.generate.load`; a line on stderr says why "auto" goes through transformers."""
     from septet import generate
 
+    if len(devices_of(device)) > 1:
+        raise OptionError("a model runs on one device", device, "name one of them; only quantizing takes several")
     check_device(device)
     if engine is EngineChoice.transformers or device != "cpu":
         quiet_libraries()
