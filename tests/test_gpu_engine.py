@@ -77,9 +77,13 @@ def test_layers_that_are_not_packed_are_refused() -> None:
         read_blocks(model, read_sizes(model, 100))
 
 
-def test_a_device_alone_goes_through_transformers(tiny_model_dir: Path) -> None:
+def test_what_the_engine_refuses_goes_through_transformers(tiny_model_dir: Path) -> None:
     """As on a GPU, on the processor under another name."""
-    model, _ = generate.load(tiny_model_dir, device="cpu:0")
+    reasons = []
+    model, _ = generate.load(tiny_model_dir, on_fallback=reasons.append, device="cpu:0")
+    assert "must be on one" in reasons[0].requirement
+    with pytest.raises(UnsupportedModelError, match="must be on one"):
+        generate.load(tiny_model_dir, engine="native", device="cpu:0")
     assert isinstance(model, transformers.PreTrainedModel) and model.device.type == "cpu"
     assert len(list(generate.generate_tokens(model, [1, 2, 3], generate.Sampling(4, temperature=0)))) == 4
 

@@ -62,7 +62,7 @@ def load(
         activations: "int8" or "float" for a septet directory; None is what the checkpoint asks for.
         engine: "native", "transformers", or "auto": the native engine where it knows the model.
         on_fallback: called with the reason when "auto" goes through transformers.
-        device: "cpu", or a GPU of torch, "cuda" or "cuda:N"; there "native" is `septet.gpu_engine`, which is new, and "auto" transformers.
+        device: "cpu", or a GPU of torch, "cuda" or "cuda:N"; there the native engine is `septet.gpu_engine`.
 
     Returns:
         (model, tokenizer): `septet.engine.Engine` and `Tokenizer`, or those of transformers, the model in its own dtype; or a `GpuEngine`.
@@ -70,13 +70,13 @@ def load(
     Raises:
         CheckpointError, UnsupportedModelError, OptionError: as `Engine.load` and `septet.loading.load_model`.
         OptionError: `engine` is unknown.
-        UnsupportedModelError: "native" on a GPU, which does not know the model.
+        UnsupportedModelError: "native", which does not know the model.
     """
     path = Path(directory)
     if engine not in ENGINES:
         raise OptionError(f"engine must be one of {', '.join(ENGINES)}", engine, "choose one of them")
     if device != "cpu":
-        return _load_on_gpu(path, activations, engine, device)
+        return _load_on_device(path, activations, engine, on_fallback, device)
     if engine != "transformers":
         try:
             return _load_native(path, activations)
@@ -236,16 +236,25 @@ def _load_native(path: Path, activations: str | None) -> tuple[Engine, Tokenizer
     return Engine.load(path, activations), tokenizer
 
 
-def _load_on_gpu(path: Path, activations: str | None, engine: str, device: str) -> tuple[Model, AnyTokenizer]:
-    """A model on a GPU, in a `GpuEngine` if the native engine is asked for."""
+def _load_on_device(
+    path: Path, activations: str | None, engine: str, on_fallback: Callable[[UnsupportedModelError], None] | None, device: str
+) -> tuple[Model, AnyTokenizer]:
+    """A model of transformers on a device of torch, in a `GpuEngine` if that is the way."""
     from septet.loading import load_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(path), load_model(path, "auto", activations).to(device)
-    if engine != "native":
+    if engine == "transformers":
         return model, tokenizer
     from septet.gpu_engine import GpuEngine
 
-    return GpuEngine(model), tokenizer
+    try:
+        return GpuEngine(model), tokenizer
+    except UnsupportedModelError as error:
+        if engine == "native":
+            raise
+        if on_fallback is not None:
+            on_fallback(error)
+        return model, tokenizer
 
 
 def _room(model: PreTrainedModel, prompt_length: int) -> int:

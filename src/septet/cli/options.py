@@ -52,6 +52,6 @@ TopKOption = Annotated[int, typer.Option(help="Draw among the k likeliest tokens
 TopPOption = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this share of the probability.")]
 MinPOption = Annotated[float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest.")]
 PenaltyOption = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens already in the text become less likely.")]
-EngineOption = Annotated[EngineChoice, typer.Option("--engine", help="auto: the native engine where it knows the model, except on a GPU.")]
+EngineOption = Annotated[EngineChoice, typer.Option("--engine", help="auto: the native engine where it knows the model.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N: where the model runs.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]

@@ -376,12 +376,13 @@ __device__ __forceinline__ void await_inputs(uint2* values, float* scales, const
     }
 }
 
-// Where a step's numbers are in shared memory: inputs, their scales, sums of the warps.
+// Where a step's numbers are in shared memory: inputs, their scales, sums of the warps, four of which are read at once.
 struct Memory {
     uint4* values;
     float *scales, *partial;
 
-    __device__ __forceinline__ Memory(const Step& s) : values((uint4*)work_memory()), scales((float*)(values + s.units * 4)), partial(scales + s.units) {}
+    __device__ __forceinline__ Memory(const Step& s)
+        : values((uint4*)work_memory()), scales((float*)(values + s.units * 4)), partial(scales + (s.units + 3 & ~3)) {}
 };
 
 // The sums of this warp's units, left in shared memory. What the step before has written bears `tag`.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from septet.engine.sampling import Sampler, Sampling
-from septet.errors import OptionError
+from septet.errors import OptionError, UnsupportedModelError
 from septet.gpu.token import TokenKernel
 from septet.gpu_engine.reading import read_blocks, read_rotary, read_sizes
 
@@ -40,10 +40,14 @@ class GpuEngine:
         logits: float32 [vocabulary] on the GPU, after the last step.
 
     Raises:
-        UnsupportedModelError: the decode kernel does not know such a model.
+        UnsupportedModelError: the model is not on a GPU, or the decode kernel does not know such a model.
     """
 
     def __init__(self, model: PreTrainedModel, length: int = _ROOM) -> None:
+        if model.device.type != "cuda":
+            raise UnsupportedModelError("for decoding on the GPU, the model must be on one", model.device, "move it: model.cuda()")
+        # refuses other families, whose configs may lack what follows
+        read_sizes(model, length)
         self.model = model
         self.context: int = model.config.max_position_embeddings
         self._token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
@@ -109,7 +113,8 @@ class GpuEngine:
 
     def step(self) -> None:
         """One more token, the one that was likeliest after the last: replays the graph. `logits` are then those that follow."""
-        self._graph.replay()
+        with torch.cuda.device(self.model.device):
+            self._graph.replay()
 
     @torch.inference_mode()
     def give(self, token: int) -> None:
@@ -127,7 +132,7 @@ class GpuEngine:
         self._check(prompt)
         if len(prompt) > self.kernel.cache.shape[3]:
             self._make(min(-(-len(prompt) // _ROOM) * _ROOM, self.context))
-        output = self.model(input_ids=torch.tensor([list(prompt)], device=self.model.device), use_cache=True)
+        output = self.model(input_ids=torch.tensor([list(prompt)], device=self.model.device), use_cache=True, logits_to_keep=1)
         for index, layer in enumerate(output.past_key_values.layers):
             self.kernel.cache[index, 0, :, : len(prompt)] = layer.keys[0]
             self.kernel.cache[index, 1, :, : len(prompt)] = layer.values[0]
@@ -139,16 +144,17 @@ class GpuEngine:
         """The kernel with a cache for texts of `length` tokens, and its graph."""
         sizes = read_sizes(self.model, length)
         blocks = read_blocks(self.model, sizes)
-        self.kernel = TokenKernel(blocks, sizes, self.model.model.norm.weight, read_rotary(self.model, length))
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
-            self._step()
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        self.kernel.position.zero_()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._step()
+        with torch.cuda.device(self.model.device):
+            self.kernel = TokenKernel(blocks, sizes, self.model.model.norm.weight, read_rotary(self.model, length))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.kernel.position.zero_()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step()
 
     def _step(self) -> None:
         embedded = self.model.get_input_embeddings()(self._token)
