@@ -99,6 +99,14 @@ def test_text_is_that_of_transformers(sampling) -> None:
         assert list(generate.generate_tokens(engine, PROMPT, sampling)) == wanted
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_writes_the_text_of_the_first() -> None:
+    texts = [
+        list(generate.generate_tokens(GpuEngine(packed_model("llama").to(device)), PROMPT, Sampling(40))) for device in ("cuda:0", "cuda:1")
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_float_activations_go_through_transformers() -> None:
     model = packed_model("llama").cuda()
     model.model.layers[0].mlp.up_proj.activations = "float"

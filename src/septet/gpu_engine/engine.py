@@ -142,9 +142,9 @@ class GpuEngine:
     @torch.inference_mode()
     def _make(self, length: int) -> None:
         """The kernel with a cache for texts of `length` tokens, and its graph."""
-        sizes = read_sizes(self.model, length)
-        blocks = read_blocks(self.model, sizes)
         with torch.cuda.device(self.model.device):
+            sizes = read_sizes(self.model, length)
+            blocks = read_blocks(self.model, sizes)
             self.kernel = TokenKernel(blocks, sizes, self.model.model.norm.weight, read_rotary(self.model, length))
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
