@@ -117,6 +117,8 @@ import numpy as np, torch
 from septet.codes import trellis
 from septet.quantize_gpu import kernels
 device, rng = "{device}", np.random.default_rng(8)
+if device == "cpu":
+    import triton_interpreter
 for bits in {widths}:
     fixed = rng.integers(-1020, 1021, ({tiles}, 256)).astype(np.int16)
     fixed[0, :128] = 0
@@ -132,8 +134,8 @@ print("equal")
 def check_kernels(device: str, widths: tuple[int, ...], tiles: int, **variables: str) -> None:
     """The kernels against the definitions, in a process of their own, since Triton reads its variables when it is imported."""
     code = KERNEL_CHECK.format(device=device, widths=widths, tiles=tiles)
-    path = str(Path(quantize_gpu.__file__).parents[2])
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
+    paths = str(Path(quantize_gpu.__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "equal", result.stderr
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import tolerances
+import triton_interpreter  # noqa: F401
 from layers import int8_layer, split_layer, trellis_layer
 from septet.gpu import layers as gpu
 from septet.kernels import LayerWeights, reference
