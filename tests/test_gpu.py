@@ -16,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
+from cuda_layout import same_layout  # noqa: E402
 from septet.codes.tile import tile_bytes  # noqa: E402
 from septet.gpu import compiled, driver, many  # noqa: E402
 from septet.gpu.layout import arrange, units_of  # noqa: E402
@@ -74,7 +75,7 @@ def test_triton_kernels_compile(tmp_path) -> None:
 def test_cuda_kernels_compile(architecture) -> None:
     options = (f"--gpu-architecture=sm_{architecture}", "--std=c++17")
     sources = [
-        compiled.trellis_source("values.cu", "layer.cu", bits=7, dtype=2),
+        compiled.trellis_source("values.cu", "layer.cu", bits=7, dtype=2) + same_layout("LayerArguments", compiled.LayerArguments),
         compiled.trellis_source("product.cu", bits=6, many=True),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
         compiled.source_of("values.cu", "launch.cu", "activations.cu", E=2, DTYPE=1),
@@ -89,6 +90,7 @@ def test_cuda_kernels_compile(architecture) -> None:
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_hopper_kernels_compile(mode) -> None:
     sources = {"90": many.inputs_source(mode, torch.float16), "90a": many.dense_source(mode, torch.bfloat16)}
+    sources["90a"] += same_layout("DenseArguments", many._Arguments)
     for architecture, source in sources.items():
         assert driver.compile_source(source, (f"--gpu-architecture=sm_{architecture}", "--std=c++17"))[:4] == b"\x7fELF"
 

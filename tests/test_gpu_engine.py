@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra septe
 if not importlib.util.find_spec("triton"):
     pytest.skip("needs triton (1 GB); make test installs it if it can", allow_module_level=True)
 
+from cuda_layout import same_layout  # noqa: E402
 from packed_models import FAMILIES, packed_model  # noqa: E402
 from septet import generate  # noqa: E402
 from septet.cli.model import load  # noqa: E402
@@ -91,14 +92,6 @@ def test_what_the_engine_refuses_goes_through_transformers(tiny_model_dir: Path)
 def test_a_model_does_not_run_on_several_devices(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="one device"):
         load(tmp_path, None, EngineChoice.auto, "cuda:0,cuda:1")
-
-
-def same_layout(name: str, structure: type) -> str:
-    """C++ that does not compile unless a structure has the size and the places of its twin."""
-    lines = [f"static_assert(sizeof({name}) == {token.ctypes.sizeof(structure)}, {name!r});".replace("'", '"')]
-    for field, *_ in structure._fields_:
-        lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {getattr(structure, field).offset}, "{field}");')
-    return "\n".join(lines)
 
 
 VARIANTS = {"80": (6, torch.float16, 64, 3, 2), "90": (7, torch.bfloat16, 128, 4), "120": (8, torch.float32, 32, 7, 2)}

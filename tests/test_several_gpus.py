@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
 import test_calibration  # noqa: E402
+from cuda_layout import same_layout  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
 from septet.calibration import Machine  # noqa: E402
@@ -100,7 +101,8 @@ def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
         options = f"--gpu-architecture={architecture}", "--std=c++17"
         for bits, tiles in clusters.MOST_TILES.items():
             assert driver.compile_source(clusters.source_of(bits, tiles), options)
-        assert driver.compile_source(steps.source_of(7, 4 * feedback.BATCH_STEPS), options)
+        source = steps.source_of(7, 4 * feedback.BATCH_STEPS) + same_layout("Arguments", steps.Arguments)
+        assert driver.compile_source(source, options)
 
 
 def test_as_many_tiles_together_as_take_least() -> None:
