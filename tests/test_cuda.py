@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 import tolerances  # noqa: E402
 from layers import int8_layer, split_layer, trellis_layer  # noqa: E402
 from septet import operators  # noqa: E402
+from septet.errors import OptionError  # noqa: E402
 from septet.gpu import launches  # noqa: E402
 from septet.gpu import layers as gpu  # noqa: E402
 from septet.kernels import LayerWeights, reference  # noqa: E402
@@ -207,3 +208,19 @@ def test_embedding(dtype, rng) -> None:
     assert torch.equal(operators.embedding(indices.cuda(), weight, scale, signs.to(dtype), 64).cpu(), exact)
     outside = operators.embedding(torch.tensor([-1, 300, 5], dtype=torch.int32).cuda(), weight, scale, signs.to(dtype), 64).cpu()
     assert outside[:2].isnan().all() and not outside[2].isnan().any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["7", "7, blocks", "int8", "split"])
+def test_a_layer_runs_on_the_gpu_that_it_is_on(name, rng) -> None:
+    """Though another one is current."""
+    layer = EVERY[name](rng)
+    for tokens in (1, 60):
+        x = torch.from_numpy(rng.standard_normal((tokens, layer.in_features), np.float32))
+        results = []
+        for device in ("cuda:0", "cuda:1"):
+            tensors = tuple(None if tensor is None else tensor.to(device) for tensor in on_gpu(layer))
+            results.append(operators.linear(x.to(device), tensors, described(layer, "int8")).cpu())
+        assert torch.equal(*results)
+    with pytest.raises(OptionError, match="device of the weights"):
+        operators.linear(x.to("cuda:0"), tensors, described(layer, "int8"))

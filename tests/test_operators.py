@@ -14,9 +14,10 @@ torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make te
 
 from layers import int8_layer, split_layer, trellis_layer  # noqa: E402
 from septet import operators  # noqa: E402
-from septet.errors import CodeRangeError, ShapeError  # noqa: E402
+from septet.errors import CodeRangeError, OptionError, ShapeError  # noqa: E402
 from septet.kernels import LayerWeights, reference, select_backend  # noqa: E402
 from septet.operators import LayerDescription, prepared  # noqa: E402
+from septet.operators.library import common_gpu  # noqa: E402
 
 LAYERS = {
     "trellis": lambda rng: trellis_layer(rng, 7, 100, 36, (4, 4)),
@@ -142,6 +143,11 @@ def test_prepared_once_and_dropped_with_the_weight(layer, monkeypatch) -> None:
     gc.collect()
     assert storage() is None
     assert len(prepared._entries) == 0
+
+
+def test_tensors_on_several_devices_are_refused() -> None:
+    with pytest.raises(OptionError, match="device of the weights, got cpu and meta"):
+        common_gpu(torch.zeros(2), None, torch.zeros(2), torch.zeros(2, device="meta"))
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -7,7 +7,7 @@ import torch
 
 from septet.errors import CodeRangeError
 from septet.kernels import select_backend
-from septet.operators.library import LIBRARY, TAGS
+from septet.operators.library import LIBRARY, TAGS, common_gpu
 
 __all__ = ["embedding"]
 
@@ -33,6 +33,7 @@ def embedding(
 
     Raises:
         CodeRangeError: an index is outside the matrix. On a GPU its row is NaN instead.
+        OptionError: there, indices and weights on several devices.
     """
     return torch.ops.septet.embedding(indices, weight, weight_scale, weight_input_scale, input_block)
 
@@ -63,7 +64,8 @@ def _embedding_cuda(
     from septet.gpu import layers
 
     stored = (tensor.detach() for tensor in (weight, weight_scale, weight_input_scale))
-    return layers.embedding(indices.reshape(-1), *stored, input_block).reshape(*indices.shape, weight.shape[1])
+    with common_gpu(indices, weight, weight_scale, weight_input_scale):
+        return layers.embedding(indices.reshape(-1), *stored, input_block).reshape(*indices.shape, weight.shape[1])
 
 
 def _embedding_fake(

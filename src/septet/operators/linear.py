@@ -7,7 +7,7 @@ import torch
 
 from septet.errors import ShapeError
 from septet.operators.description import SCHEMA, LayerDescription
-from septet.operators.library import LIBRARY, TAGS
+from septet.operators.library import LIBRARY, TAGS, common_gpu
 from septet.operators.prepared import Tensors, gpu_layer, layer_weights, prepared_layer
 from septet.quantize import QuantizedTensor
 from septet.quantize import dequantize as dequantize_arrays
@@ -34,7 +34,7 @@ def linear(x: torch.Tensor, tensors: Tensors, description: LayerDescription) -> 
         [..., N], the dtype of `x`; computed in float32 and rounded once.
 
     Raises:
-        OptionError, ShapeError: tensors, description and input do not fit together.
+        OptionError, ShapeError: tensors, description and input do not fit together, or are on several devices.
     """
     return torch.ops.septet.linear(x, *tensors, *description)
 
@@ -77,8 +77,9 @@ def _linear_cuda(x: torch.Tensor, *stored) -> torch.Tensor:
         return _linear_fake(x, *stored)
     from septet.gpu import layers
 
-    rows = x.detach().reshape(-1, description.in_features).contiguous()
-    y = layers.linear(rows, tensors[0].detach(), gpu_layer(tensors, description), description.activations)
+    with common_gpu(x, *tensors):
+        rows = x.detach().reshape(-1, description.in_features).contiguous()
+        y = layers.linear(rows, tensors[0].detach(), gpu_layer(tensors, description), description.activations)
     return y.reshape(*x.shape[:-1], description.out_features)
 
 
@@ -113,7 +114,8 @@ def _dequantize_cuda(*stored) -> torch.Tensor:
     tensors, description = _split(stored)
     from septet.gpu import layers
 
-    return layers.dequantize(tensors[0].detach(), gpu_layer(tensors, description))
+    with common_gpu(*tensors):
+        return layers.dequantize(tensors[0].detach(), gpu_layer(tensors, description))
 
 
 def _dequantize_fake(*stored) -> torch.Tensor:
