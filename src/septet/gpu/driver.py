@@ -63,10 +63,14 @@ def _nvrtc() -> ctypes.CDLL:
     """NVRTC, from the loader's path or from the wheel that torch depends on."""
     candidates = list(_NVRTC_NAMES)
     wheels = importlib.util.find_spec("nvidia")
-    for folder in (wheels.submodule_search_locations or []) if wheels else []:
-        candidates += sorted(glob.glob(os.path.join(folder, "**", "libnvrtc.so.*"), recursive=True), reverse=True)
+    for root in (wheels.submodule_search_locations or []) if wheels else []:
+        candidates += sorted(glob.glob(os.path.join(root, "**", "libnvrtc.so.*"), recursive=True), reverse=True)
     for name in candidates:
+        folder = os.path.dirname(name)
         try:
+            # NVRTC opens its builtins by their name alone, and that of CUDA 13.0 does not look beside itself
+            for builtins in glob.glob(os.path.join(folder, "libnvrtc-builtins.so.*")) if folder else ():
+                ctypes.CDLL(builtins)
             return ctypes.CDLL(name)
         except OSError:
             continue
