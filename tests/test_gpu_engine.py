@@ -78,6 +78,39 @@ def test_layers_that_are_not_packed_are_refused() -> None:
         read_blocks(model, read_sizes(model, 100))
 
 
+def test_layers_that_do_not_share_their_inputs_are_refused() -> None:
+    model = packed_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight_input_scale[5] *= 2
+    with pytest.raises(UnsupportedModelError, match="share their input scales"):
+        read_blocks(model, read_sizes(model, 100))
+
+
+def test_norms_of_another_dtype_are_refused() -> None:
+    model = packed_model("qwen3").to(torch.bfloat16)
+    sizes = read_sizes(model, 100)
+    model.model.layers[1].self_attn.k_norm.float()
+    with pytest.raises(UnsupportedModelError, match=r"dtype of the model, got torch.float32 and torch.bfloat16"):
+        read_blocks(model, sizes)
+    model.model.norm.float()
+    with pytest.raises(UnsupportedModelError, match="dtype of the model"):
+        read_sizes(model, 100)
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = packed_model("llama")
+    model.model.layers[2].to("meta")
+    with pytest.raises(UnsupportedModelError, match="on one GPU, got cpu, meta"):
+        read_sizes(model, 100)
+
+
+def test_positions_that_turn_a_part_of_a_head_are_refused() -> None:
+    model = packed_model("llama")
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:16]
+    with pytest.raises(UnsupportedModelError, match="all 64 numbers of a head, got 32"):
+        read_rotary(model, 50)
+
+
 def test_what_the_engine_refuses_goes_through_transformers(tiny_model_dir: Path) -> None:
     """As on a GPU, on the processor under another name."""
     reasons = []
