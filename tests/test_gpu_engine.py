@@ -127,6 +127,19 @@ def test_a_model_does_not_run_on_several_devices(tmp_path: Path) -> None:
         load(tmp_path, None, EngineChoice.auto, "cuda:0,cuda:1")
 
 
+@pytest.mark.parametrize(("units", "rows", "grid"), [(9, 15, 132), (9, 9, 132), (1, 896, 20), (128, 896, 132), (448, 128, 132), (3, 7, 5)])
+def test_shared_memory_has_room_for_the_rows_of_every_block(units, rows, grid) -> None:
+    """By going through the units of all blocks."""
+    blocks = min(grid, units * rows)
+    cuts = [units * rows * block // blocks for block in range(blocks + 1)]
+    touched = max((stop - 1) // units - start // units + 1 for start, stop in zip(cuts, cuts[1:]))
+    steps = -(-3 * token.ctypes.sizeof(token._Step) // 16) * 16
+    sums = (compiled.TOKEN_WARPS + touched - 1) * 64 * 4
+    found = token.shared_bytes(units, rows, grid)
+    assert 0 <= found - (steps + units * 64 + -(-units // 4) * 16 + sums) <= 256
+    assert found % 16 == 0
+
+
 VARIANTS = {"80": (6, torch.float16, 64, 3, 2), "90": (7, torch.bfloat16, 128, 4), "120": (8, torch.float32, 32, 7, 2)}
 
 

@@ -17,7 +17,7 @@ from septet.gpu import compiled
 from septet.gpu.layers import Layer
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = ["Block", "Sizes", "TokenKernel", "check_blocks"]
+__all__ = ["Block", "Sizes", "TokenKernel", "check_blocks", "shared_bytes"]
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ATTENTION, _PLAIN, _RESIDUAL, _GATED = range(4)
@@ -27,8 +27,10 @@ _GROUP_ROWS = 4
 _HEADS = (32, 64, 128)
 #: Query heads that share a block of threads.
 _QUERIES = 4
-#: Inputs of a product that fit into shared memory beside sums.
+#: Inputs of a product that fit into shared memory beside sums, where there are many blocks of threads.
 _MOST_INPUTS = 49152
+#: Sums of a row of tiles.
+_ROW_BYTES = 64 * 4
 _HINT = "run this model through transformers"
 
 
@@ -131,6 +133,21 @@ def check_blocks(blocks: list[Block], sizes: Sizes) -> None:
             raise UnsupportedModelError(f"for the GPU's decode kernel, {requirement}", got, _HINT)
 
 
+def shared_bytes(units: int, rows: int, grid: int) -> int:
+    """Shared memory that a product takes below the tables, as `Memory` of steps.cu lays it out.
+
+    Args:
+        units: along the inputs.
+        rows: of 64 outputs, of all parts.
+        grid: blocks of threads that divide the units.
+    """
+    all_units = units * rows
+    most = -(-all_units // min(grid, all_units))
+    touched = (most + units - 2) // units + 1
+    steps = -(-3 * ctypes.sizeof(_Step) // 16) * 16
+    return steps + units * UNIT_INPUTS + -(-units // 4) * 16 + (compiled.TOKEN_WARPS + touched - 1) * _ROW_BYTES
+
+
 class TokenKernel:
     """Decodes one token per call.
 
@@ -142,7 +159,10 @@ class TokenKernel:
 
     Attributes:
         cache: keys and values, [layers, 2, kv_heads, length, head].
-        position: int32 [1], where the next token stands; moves on by itself.
+        position: int32 [1], where the next token stands; moves on by itself, and must stay below `length`.
+
+    Raises:
+        UnsupportedModelError: layers that `check_blocks` refuses, or too many outputs for a small GPU.
     """
 
     def __init__(self, blocks: list[Block], sizes: Sizes, norm: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -219,6 +239,10 @@ class TokenKernel:
             step.part_rows[index], step.part_outputs[index] = part.rows, part.outputs
             step.output_block[index], step.output_normal[index] = part.output_block, 1 / math.sqrt(part.output_block)
         step.rows = sum(step.part_rows)
+        needed = shared_bytes(step.units, step.rows, self._grid)
+        if needed > compiled.INPUT_BYTES:
+            requirement = f"for the GPU's decode kernel, a product must fit into {compiled.INPUT_BYTES} bytes of shared memory"
+            raise UnsupportedModelError(requirement, f"{needed} for {step.rows} rows on {self._grid} multiprocessors", _HINT)
         return self._reader(step, reader, norm)
 
     @staticmethod
