@@ -104,6 +104,25 @@ def test_slabs_cover_a_matrix_and_fit_the_cache(inputs, outputs, tokens) -> None
         assert slab.outputs * slab.inputs <= 32 << 20
 
 
+@needs_triton
+def test_a_launch_gets_no_more_tokens_than_it_can_have(monkeypatch) -> None:
+    """A grid has at most 65535 blocks along y."""
+    from septet.gpu import layers
+
+    def echo(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert len(x) <= 65535
+        return x.clone()
+
+    monkeypatch.setattr(layers, "_uses_cuda", lambda device: True)
+    monkeypatch.setattr(layers.launches, "embed", echo)
+    monkeypatch.setattr(layers.many, "takes", lambda *arguments: True)
+    monkeypatch.setattr(layers.many, "linear", echo)
+    indices, scale = torch.arange(100_000), torch.ones(3, dtype=torch.float16)
+    assert torch.equal(layers.embedding(indices, indices[:, None], scale, scale, 1), indices)
+    prepared = layers.Layer("trellis", 7, 1, 1, 1, 1, 1, scale, scale, scale, None, None, None)
+    assert torch.equal(layers.linear(indices[:, None], scale, prepared, "int8"), indices[:, None])
+
+
 @needs_nvrtc
 def test_a_mistake_in_a_kernel_is_shown() -> None:
     with pytest.raises(driver.BackendUnavailableError, match="septet.cu"):

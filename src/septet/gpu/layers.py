@@ -22,6 +22,8 @@ __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepar
 GPU_VARIABLE = "SEPTET_GPU"
 #: Up to here tokens go through `launches.product`, in steps of 16; measured on an H100.
 FEW_TOKENS = 48
+#: Tokens of a launch, whose blocks along y they are: at most 65535 of them, and a power of two keeps parts of a tensor aligned.
+_LAUNCH_TOKENS = 1 << 15
 #: Levels of many tokens' products are decoded in pieces of at most so many bytes.
 _LEVEL_BYTES = 512 << 20
 #: Inputs that share a scale in `portable.dense`, at most.
@@ -115,6 +117,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str
     """
     if layer.arranged is None:
         return _portable(x, weight.contiguous(), layer, activations)
+    if len(x) > _LAUNCH_TOKENS:
+        return torch.cat([linear(part, weight, layer, activations) for part in x.split(_LAUNCH_TOKENS)])
     if len(x) > FEW_TOKENS:
         if many.takes(layer, x, activations):
             return many.linear(x, layer, activations)
@@ -202,7 +206,8 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, weight_scale: torch.T
         weight, weight_scale, signs, block: as in `septet::embedding`.
     """
     if _uses_cuda(weight.device) and block <= launches.LARGEST_BLOCK:
-        return launches.embed(indices.contiguous(), weight, weight_scale, signs, block)
+        parts = [launches.embed(part, weight, weight_scale, signs, block) for part in indices.contiguous().split(_LAUNCH_TOKENS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     inside = (indices >= 0) & (indices < len(weight))
     row = indices.clamp(0, len(weight) - 1)
     scale = torch.where(inside, weight_scale[row].to(torch.float32), torch.nan)
