@@ -25,6 +25,7 @@ __all__ = [
     "fits",
     "layer_kernel",
     "levels_kernel",
+    "options_of",
     "product_kernel",
     "processors_of",
     "source_of",
@@ -76,6 +77,7 @@ _PARAMETERS = {
 
 
 def warps_of(many: bool) -> int:
+    """Warps of a block of `product`, for at most eight tokens or for more."""
     return _WARPS_OF_MANY if many else WARPS
 
 
@@ -98,19 +100,16 @@ def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = 
 
 
 @cache
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"--gpu-architecture=sm_{major}{minor}"
-
-
-@cache
 def processors_of(device: int) -> int:
     """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _options(device: int) -> tuple[str, ...]:
-    return _architecture(device), "--std=c++17"
+@cache
+def options_of(device: int) -> tuple[str, ...]:
+    """NVRTC's options for a device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"
 
 
 @cache
@@ -126,17 +125,19 @@ def fits(device: int) -> bool:
 
 @cache
 def product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
+    """A kernel of product.cu, for float or int8 activations of at most eight tokens or of more."""
     places = 2 if is_float else _places(device)
     source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
-    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], 32 * warps_of(many), shared)
+    return load_kernel(compile_source(source, options_of(device)), name, _PARAMETERS[name], 32 * warps_of(many), shared)
 
 
 @cache
 def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
+    """The kernel of layer.cu, for activations of a dtype."""
     source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=DTYPES[dtype])
     shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
-    return load_kernel(compile_source(source, _options(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
+    return load_kernel(compile_source(source, options_of(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
 
 
 def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places: int = 4) -> str:
@@ -156,7 +157,7 @@ def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places:
 
 @cache
 def _token_image(device: int, bits: int, dtype: torch.dtype, head: int, queries: int) -> bytes:
-    return compile_source(token_source(bits, dtype, head, queries, _places(device)), _options(device))
+    return compile_source(token_source(bits, dtype, head, queries, _places(device)), options_of(device))
 
 
 @cache
@@ -170,16 +171,18 @@ def token_kernel(device: int, name: str, types: tuple[type, ...], variant: tuple
 
 @cache
 def levels_kernel(device: int, bits: int) -> Kernel:
+    """The kernel of levels.cu."""
     places = _places(device)
     source = trellis_source("levels.cu", bits=bits, places=places)
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
-    return load_kernel(compile_source(source, _options(device)), "levels", _PARAMETERS["levels"], 32 * WARPS, shared)
+    return load_kernel(compile_source(source, options_of(device)), "levels", _PARAMETERS["levels"], 32 * WARPS, shared)
 
 
 @cache
 def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> Kernel:
+    """A kernel of activations.cu, with so many values for each thread, for activations of a dtype."""
     source = source_of("values.cu", "launch.cu", "activations.cu", E=each, DTYPE=DTYPES[dtype])
-    return load_kernel(compile_source(source, _options(device)), name, _PARAMETERS[name], THREADS)
+    return load_kernel(compile_source(source, options_of(device)), name, _PARAMETERS[name], THREADS)
 
 
 def workers_of(device: int, units: int, many: bool = False) -> int:

@@ -16,10 +16,11 @@ import torch
 from septet.codes.tile import PAIRS_PER_TILE
 from septet.codes.trellis import WINDOW_BITS
 from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
+from septet.gpu.compiled import options_of, processors_of
 from septet.gpu.driver import Kernel, compile_source, load_kernel, obstacle, shared_memory
 from septet.quantize_gpu.rotation import window_levels
 
-__all__ = ["architecture", "encode", "fits", "source_of"]
+__all__ = ["encode", "fits", "source_of"]
 
 #: Blocks of a cluster, and threads of a block: 64 windows for each thread, in 96 of its registers.
 PARTS = 2
@@ -50,7 +51,7 @@ def encode(fixed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> t
     """
     device, count = fixed.device.index, len(fixed)
     windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device) if out is None else out
-    tiles = _tiles_together(count, torch.cuda.get_device_properties(device).multi_processor_count // PARTS, bits)
+    tiles = _tiles_together(count, processors_of(device) // PARTS, bits)
     levels = window_levels(bits, str(fixed.device))
     arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), count
     _kernel(device, bits, tiles).launch((PARTS * -(-count // tiles), 1), torch.cuda.current_stream(device).cuda_stream, *arguments)
@@ -66,12 +67,6 @@ def _tiles_together(count: int, places: int, bits: int) -> int:
     return min(range(1, MOST_TILES[bits] + 1), key=time)
 
 
-def architecture(device: int) -> str:
-    """The option of NVRTC that names a GPU."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"--gpu-architecture=sm_{major}{minor}"
-
-
 def source_of(bits: int, tiles: int, parts: int = PARTS, threads: int = THREADS) -> str:
     """The source of a variant."""
     macros = {"BITS": bits, "PARTS": parts, "THREADS": threads, "TILES": tiles, "AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
@@ -81,7 +76,7 @@ def source_of(bits: int, tiles: int, parts: int = PARTS, threads: int = THREADS)
 
 @cache
 def _kernel(device: int, bits: int, tiles: int) -> Kernel:
-    image = compile_source(source_of(bits, tiles), (architecture(device), "--std=c++17"))
+    image = compile_source(source_of(bits, tiles), options_of(device))
     return load_kernel(image, "encode", _POINTERS, THREADS, _shared_bytes(bits, tiles))
 
 

@@ -129,20 +129,20 @@ class _Work:
         self._sheets, self._bits, self._encoder = sheets, bits, encoder
         device, inputs = sheets[0].rotated.device, sheets[0].rotated.shape[1]
         counts = [-(-len(sheet.rotated) // TILE_OUTPUTS) for sheet in sheets]
-        self._firsts = [sum(counts[:position]) for position in range(len(sheets))]
         order = sorted(range(len(sheets)), key=lambda position: (sheets[position].outputs is None, counts[position]))
-        self._firsts, self._families, delays, first = [0] * len(sheets), [], [], 0
+        #: Where the rows of tiles of each sheet begin: those that know each other first, sheets of equal size side by side.
+        self._firsts, families, delays, first = [0] * len(sheets), [], [], 0
         for position in order:
             self._firsts[position] = first
             known = sheets[position].outputs is not None
-            if known and not (self._families and self._families[-1][0] == counts[position]):
-                self._families.append((counts[position], first, []))
+            if known and not (families and families[-1][0] == counts[position]):
+                families.append((counts[position], first, []))
             if known:
-                self._families[-1][2].append(position)
+                families[-1][2].append(position)
             delays += list(range(counts[position] - 1, -1, -1)) if known else [0] * counts[position]
             first += counts[position]
         self._families = [
-            _Family(members, start, [sheets[member].outputs for member in members], rows, device) for rows, start, members in self._families
+            _Family(members, start, [sheets[member].outputs for member in members], rows, device) for rows, start, members in families
         ]
         self._counts, tiles, most = counts, len(delays), max(delays)
         self._inputs, self._columns = inputs, -(-inputs // TILE_INPUTS)

@@ -16,7 +16,7 @@ __all__ = ["dequantize", "hadamard", "hadamard_outputs", "pack", "rotate", "unro
 
 
 def hadamard(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Multiply float32 [N, K] by the block Hadamard matrix along its inputs."""
+    """Multiply float32 or float64 [N, K] by the block Hadamard matrix along its inputs; block 1 gives the matrix itself."""
     if block == 1:
         return matrix
     values, stride = matrix, 1
@@ -28,7 +28,7 @@ def hadamard(matrix: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def hadamard_outputs(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Multiply float32 [N, K] by the block Hadamard matrix along its outputs."""
+    """The same along its outputs."""
     return matrix if block == 1 else hadamard(matrix.T.contiguous(), block).T.contiguous()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from septet.codes import trellis
 from septet.codes.tile import TILE_OUTPUTS, WEIGHTS_PER_TILE
+from septet.gpu.compiled import options_of
 from septet.gpu.driver import Kernel, compile_source, load_kernel
 from septet.quantize.factorization import ERROR_BITS
 from septet.quantize.feedback import ERROR_SHIFT
@@ -90,7 +91,11 @@ def source_of(bits: int, width: int) -> str:
 
 
 @cache
-def _kernel(device: int, name: str, bits: int, width: int) -> Kernel:
+def _image(device: int, bits: int, width: int) -> bytes:
     # Products and sums are exact here, but targets are rounded: no contraction, as in torch.
-    image = compile_source(source_of(bits, width), (clusters.architecture(device), "--std=c++17", "--fmad=false"))
-    return load_kernel(image, name, (Arguments, ctypes.c_int), WEIGHTS_PER_TILE)
+    return compile_source(source_of(bits, width), (*options_of(device), "--fmad=false"))
+
+
+@cache
+def _kernel(device: int, name: str, bits: int, width: int) -> Kernel:
+    return load_kernel(_image(device, bits, width), name, (Arguments, ctypes.c_int), WEIGHTS_PER_TILE)

@@ -40,7 +40,7 @@ class Settings:
         rotation_block: the largest Hadamard block, a power of two.
         seed: of the random signs.
         device: "cuda", "cuda:1", ...; "cpu" works with an encoder of one's own.
-        encoder: of tiles; None: the Triton kernel.
+        encoder: of tiles; None: the quickest that the GPU can run.
         helpers: more devices of the same kind that share the work; bytes do not depend on how many.
     """
 
@@ -61,7 +61,7 @@ def quantize_trellis(
         weights: [N_i, K], finite; slices of rows must be float32 arrays.
         names: a module name for each; they and the seed choose the random signs. The first one names the group.
         settings: how.
-        statistics: of the group's inputs and outputs, arrays or tensors on the device; None: plain rounding.
+        statistics: of the group's inputs and outputs, arrays or tensors on the device; None: plain rounding. Tensors are used up.
 
     Returns:
         One QuantizedTensor per weight, with the same input_scale and input_block.
@@ -149,7 +149,7 @@ def _joined(coded: list[_Coded], shape: tuple[int, int], input_scale: np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Neighbouring rows of one tensor, and what is known of them; nothing but errors fed back passes between pieces, and none does."""
+    """Neighbouring rows of one tensor, and what is known of their outputs; no errors pass from one piece to another."""
 
     tensor: int
     rows: slice
