@@ -32,6 +32,13 @@ def test_more_devices_change_no_byte(knows: bool) -> None:
             assert_same(one, other)
 
 
+def test_a_gpu_without_a_share_gets_no_copy() -> None:
+    weights, known = weights_of(36, [64]), known_of(36, [64])
+    expected = quantize_gpu.quantize_trellis(weights, NAMES[:1], settings(), known)
+    made = quantize_gpu.quantize_trellis(weights, NAMES[:1], replace(settings(), helpers=("cuda:4711",)), known)
+    assert_same(made[0], expected[0])
+
+
 def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path) -> None:
     """Processors stand in for GPUs."""
     one = Machine(device="cpu:0")

@@ -125,11 +125,13 @@ def _uploaded(weight: RowSource, device: str) -> torch.Tensor:
 
 def share(work: _Work, pieces: list[_Piece], helpers: Sequence[str]) -> list[_Coded]:
     """What becomes of all pieces, neighbours on one GPU: on `work`'s own and on helpers, of which each gets about the same."""
-    works = [work, *map(work.to, helpers)]
+    devices = [work.device, *helpers[: len(pieces) - 1]]
     rows = np.cumsum([0] + [piece.rows.stop - piece.rows.start for piece in pieces])
-    owner = np.minimum((rows[:-1] + rows[1:]) * len(works) // (2 * rows[-1]), len(works) - 1)
-    shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(works))]
-    return [one for part in on_devices([(work.device, work.run, share) for work, share in zip(works, shares) if share]) for one in part]
+    owner = np.minimum((rows[:-1] + rows[1:]) * len(devices) // (2 * rows[-1]), len(devices) - 1)
+    shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(devices))]
+    # Nobody begins before all copies are made: work uses up what it was given.
+    calls = [(device, (work.to(device) if own else work).run, part) for own, (device, part) in enumerate(zip(devices, shares)) if part]
+    return [one for part in on_devices(calls) for one in part]
 
 
 def _joined(coded: list[_Coded], shape: tuple[int, int], input_scale: np.ndarray, work: _Work) -> QuantizedTensor:
