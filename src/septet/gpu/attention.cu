@@ -189,6 +189,8 @@ __device__ __forceinline__ void attention_step(const Token& t, int index, u32 ta
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     AttentionMemory& m = *(AttentionMemory*)work_memory();
     const int position = *t.position, length = position + 1, parts = t.kv_heads * kParts, sub = lane / kLanes, d = lane % kLanes * 8;
+    // behind the cache is somebody else's memory
+    if (position < 0 || position >= t.length) __trap();
     const int splits = max(1, min((int)gridDim.x / parts, (length + kRound - 1) / kRound));
     const int chunk = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp, last_chunk = first_group(s.groups, blockIdx.x + 1) - 1;
     for (int i = blockIdx.x; i < parts * splits; i += gridDim.x) {

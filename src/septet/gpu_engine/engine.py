@@ -112,13 +112,16 @@ class GpuEngine:
                 token = int(self._token) if greedy else sampler.draw(self.logits.cpu().numpy())
 
     def step(self) -> None:
-        """One more token, the one that was likeliest after the last: replays the graph. `logits` are then those that follow."""
+        """One more token, the one that was likeliest after the last: replays the graph. `logits` are then those that follow.
+
+        The cache must have room: `kernel.position` below `kernel.cache.shape[3]`, otherwise the launch fails.
+        """
         with torch.cuda.device(self.model.device):
             self._graph.replay()
 
     @torch.inference_mode()
     def give(self, token: int) -> None:
-        """One more token of a text; `logits` are then those that follow."""
+        """One more token of a text, as in `step`; `logits` are then those that follow."""
         self._token.fill_(token)
         self.step()
 
