@@ -22,4 +22,4 @@ def common_gpu(*tensors: torch.Tensor | None) -> torch.cuda.device:
     for tensor in tensors:
         if tensor is not None and tensor.device != first:
             raise OptionError("inputs must be on the device of the weights", f"{first} and {tensor.device}", "move the inputs")
-    return torch.cuda.device(first)
+    return torch.cuda.device(first.index)
