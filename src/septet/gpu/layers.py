@@ -30,7 +30,7 @@ _LEVEL_BYTES = 512 << 20
 _DENSE_SEGMENT = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """What a GPU keeps of a layer besides its stored tensors.
 

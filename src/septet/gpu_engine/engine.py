@@ -15,6 +15,7 @@ from septet.engine.sampling import Sampler, Sampling
 from septet.errors import OptionError, UnsupportedModelError
 from septet.gpu.token import TokenKernel
 from septet.gpu_engine.reading import read_blocks, read_rotary, read_sizes
+from septet.layer import SeptetLinear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,6 +150,9 @@ class GpuEngine:
             sizes = read_sizes(self.model, length)
             blocks = read_blocks(self.model, sizes)
             self.kernel = TokenKernel(blocks, sizes, self.model.model.norm.weight, read_rotary(self.model, length))
+            # the graph knows addresses only, of what an operator made of a packed head, too
+            head = self.model.lm_head
+            self._head = head.on_gpu() if isinstance(head, SeptetLinear) else None
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
