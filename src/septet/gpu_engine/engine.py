@@ -160,7 +160,8 @@ class GpuEngine:
             torch.cuda.current_stream().wait_stream(stream)
             self.kernel.position.zero_()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # without a stream it takes one that torch made once, perhaps of another GPU
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._step()
 
     def _step(self) -> None:
