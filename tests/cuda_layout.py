@@ -19,7 +19,7 @@ def same_layout(name: str, structure: type[ctypes.Structure]) -> str:
         place = getattr(structure, field)
         if field == "padding":
             continue
-        # what offsetof stands for in the compiler that NVRTC is; __builtin_offsetof came with CUDA 13.5
+        # what offsetof stands for in the compiler that NVRTC is; that of CUDA 13.0 and before has no __builtin_offsetof
         lines.append(f'static_assert(__INTADDR__(&(({name}*)0)->{field}) == {place.offset}, "{name}.{field}");')
         lines.append(f'static_assert(sizeof((({name}*)0)->{field}) == {place.size}, "size of {name}.{field}");')
     return "\n".join(lines)

@@ -123,6 +123,18 @@ def test_a_launch_gets_no_more_tokens_than_it_can_have(monkeypatch) -> None:
     assert torch.equal(layers.linear(indices[:, None], scale, prepared, "int8"), indices[:, None])
 
 
+@needs_triton
+def test_gpus_without_the_instructions_get_triton_kernels(monkeypatch) -> None:
+    from septet.gpu import layers
+
+    monkeypatch.delenv(layers.GPU_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(layers, "obstacle", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {70: (7, 5), 71: (8, 0)}[device])
+    assert not layers._uses_cuda(torch.device("cuda:70"))
+    assert layers._uses_cuda(torch.device("cuda:71"))
+
+
 @needs_nvrtc
 def test_a_mistake_in_a_kernel_is_shown() -> None:
     with pytest.raises(driver.BackendUnavailableError, match="septet.cu"):

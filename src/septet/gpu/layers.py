@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -75,7 +76,14 @@ class Layer:
 
 
 def _uses_cuda(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None and os.environ.get(GPU_VARIABLE) != "triton" and not obstacle()
+    chosen = device.type == "cuda" and torch.version.cuda is not None and os.environ.get(GPU_VARIABLE) != "triton"
+    return chosen and not obstacle() and _has_instructions(device.index)
+
+
+@cache
+def _has_instructions(device: int) -> bool:
+    """Whether a GPU has what all CUDA kernels use, such as bfloat16: compute capability 8 and later."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
