@@ -263,7 +263,8 @@ struct Outputs {
 __device__ __forceinline__ void use_group(const Token& t, const Step& s, u32 tag, const Group& g, int lane) {
     const Rounder rounder(s.input_scale, g.chunk, s.part_outputs[g.part], lane);
     const Eight<Value> norm(s.norm + rounder.k, s.norm && rounder.inside);
-    float v[8], other[8] = {};
+    float v[8];
+    __align__(16) float other[8] = {};
     if (s.kind == kResidual && rounder.inside) {
         *(float4*)other = *(const float4*)(t.hidden + rounder.k);
         *(float4*)(other + 4) = *((const float4*)(t.hidden + rounder.k) + 1);
@@ -401,7 +402,8 @@ __device__ __forceinline__ void multiply_units(const u64* inputs, const u64* inp
     if (lane < kLines * min(min(left, s.units - unit), 2)) asm volatile("prefetch.global.L2 [%0];" :: "l"(at + lane * 32));
     // warps leave the step before one by one; its shared memory is free when all have
     __syncthreads();
-    await_inputs((uint2*)memory.values, memory.scales, inputs, input_scales, tag, s.units * 8, s.units >> s.segment_shift);
+    // whoever has no units must not wait for words that others may write again without having waited for this block
+    if (count) await_inputs((uint2*)memory.values, memory.scales, inputs, input_scales, tag, s.units * 8, s.units >> s.segment_shift);
     u32 w[kWords], next[kWords];
     if (left) load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
     __syncthreads();
