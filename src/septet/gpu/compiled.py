@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +17,17 @@ from septet.gpu.driver import Kernel, compile_source, load_kernel, shared_memory
 
 __all__ = [
     "DTYPES",
-    "INPUT_BYTES",
     "THREADS",
     "TOKEN_WARPS",
     "WARPS",
+    "LARGE",
+    "SMALL",
     "LayerArguments",
+    "LayerKind",
     "activation_kernel",
     "fits",
     "layer_kernel",
+    "layer_source",
     "levels_kernel",
     "options_of",
     "product_kernel",
@@ -41,9 +45,8 @@ THREADS = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Of the level tables of two places.
 _TABLE_BYTES = 64 << 10
-#: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs and sums of `layer`.
+#: Where tables begin in shared memory.
 _TABLE_AT = 64 << 10
-INPUT_BYTES = 63 << 10
 #: Warps of a block, one of which fills a multiprocessor: 128 registers a thread.
 WARPS = 16
 #: The same of token.cu, with 168 registers: with 128, what it prefetches would go through memory.
@@ -57,13 +60,39 @@ class LayerArguments(ctypes.Structure):
     """LayerArguments of layer.cu."""
 
     _fields_ = [
-        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "counters", "values", "scales")),
-        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "workers", "segment_shift", "one")),
+        *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "values", "scales")),
+        *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "segment_shift", "one")),
         *((name, _I) for name in ("input_block", "output_block")),
+        *((name, ctypes.c_uint32) for name in ("each", "more", "part")),
         *((name, _F) for name in ("input_normal", "output_normal")),
     ]
 
 
+class LayerKind(NamedTuple):
+    """Variants of layer.cu.
+
+    Args:
+        warps: of a block, 8 or 16.
+        blocks: that a multiprocessor has room for; a launch has one, the other is of the next.
+        places: as in decode.cu, if the device has the shared memory.
+        table_at: where tables begin in shared memory.
+        stored: units of a warp that are decoded before inputs are waited for.
+    """
+
+    warps: int
+    blocks: int
+    places: int
+    table_at: int
+    stored: int
+
+    @property
+    def room(self) -> int:
+        """Bytes for inputs and sums: what lies below the tables, but for the first KiB."""
+        return self.table_at - 1024
+
+
+LARGE = LayerKind(WARPS, 1, 4, _TABLE_AT, 0)
+SMALL = LayerKind(8, 2, 1, 16 << 10, 2)
 _PARAMETERS = {
     "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
     "levels": (_P, _P, _I, _I, _I, _I, _I),
@@ -96,6 +125,7 @@ def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = 
     """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
     macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": warps_of(many), "PLACES": places}
+    macros |= {"TABLE_AT": _TABLE_AT}
     return source_of("launch.cu", "decode.cu", *files, **(macros | more))
 
 
@@ -132,12 +162,19 @@ def product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool
     return load_kernel(compile_source(source, options_of(device)), name, _PARAMETERS[name], 32 * warps_of(many), shared)
 
 
+def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool, places: int = 4) -> str:
+    """layer.cu in one of its kinds; `places` are the most that the device has shared memory for."""
+    macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored, "SEGMENTED": int(segmented)}
+    return trellis_source("values.cu", "layer.cu", bits=bits, places=min(places, kind.places), dtype=DTYPES[dtype], **macros)
+
+
 @cache
-def layer_kernel(device: int, bits: int, dtype: torch.dtype) -> Kernel:
-    """The kernel of layer.cu, for activations of a dtype."""
-    source = trellis_source("values.cu", "layer.cu", bits=bits, places=_places(device), dtype=DTYPES[dtype])
-    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2
-    return load_kernel(compile_source(source, options_of(device)), "layer", (LayerArguments,), 32 * WARPS, shared)
+def layer_kernel(device: int, bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool) -> Kernel:
+    """The kernel of layer.cu in one of its kinds, for activations of a dtype, with scales of segments or of tokens."""
+    image = compile_source(layer_source(bits, dtype, kind, segmented, _places(device)), options_of(device))
+    # 4 KiB of operands for each unit, the first of which lie in the gaps of the table
+    shared = kind.table_at + _TABLE_BYTES * max(1, min(kind.places, _places(device)) // 2) + max(0, kind.stored - 1) * kind.warps * 4096
+    return load_kernel(image, "layer", (LayerArguments,), 32 * kind.warps, shared)
 
 
 def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places: int = 4) -> str:

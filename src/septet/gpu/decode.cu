@@ -6,9 +6,9 @@
 // Nothing is spent on joining levels: those of a weight at place p of four have a table of their own, where they stand p bytes up, and
 // each place is multiplied by itself. Tensor cores have time for that; the integer units, which do all the rest, have none.
 //
-// Where shared memory is too small for four tables (PLACES 2), two pairs are joined after all.
+// Where shared memory is too small for four tables (PLACES 2 or 1), two pairs or all four are joined after all.
 //
-// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2, WARPS, PLACES 2|4.
+// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2, WARPS, PLACES 1|2|4, TABLE_AT.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -17,12 +17,11 @@ typedef unsigned short u16;
 constexpr int kWords = 2 * BITS;          // of a lane in a unit
 constexpr int kUnitWords = 32 * kWords;
 constexpr int kPlaces = FLOAT ? 2 : PLACES;   // with a table of their own
-constexpr int kTableWords = 256 * 32 * kPlaces;   // [place / 2][index byte][place % 2][lane]
 __constant__ signed char kLevels[128] = {LEVELS};
 
-// Where the tables begin in shared memory: a multiple of 65536, so that addresses are put together from bytes. What lies below is for
-// the kernel; a launch asks for shared memory up to the end of the tables.
-constexpr u32 kTableAt = 65536;
+// Where the tables begin in shared memory. Addresses are put together from bytes and the rest of a division by 65536, a constant. What lies
+// below is for the kernel; a launch asks for shared memory up to the end of the tables.
+constexpr u32 kTableAt = TABLE_AT;
 extern __shared__ __align__(16) u32 shared_memory[];
 
 __device__ __forceinline__ u16 half_of(float value) {
@@ -31,14 +30,16 @@ __device__ __forceinline__ u16 half_of(float value) {
     return bits;
 }
 
-// The unused top bit of an index byte is looked up like the rest: entries 128 .. 255 repeat 0 .. 127.
+// Words are [place / 2][index byte][place % 2][lane]; with one place those of the second are left out. The unused top bit of an index byte
+// is looked up like the rest: entries 128 .. 255 repeat 0 .. 127.
 __device__ __forceinline__ void fill_table() {
-    for (int i = threadIdx.x; i < kTableWords / 4; i += blockDim.x) {
-        const int level = kLevels[(i >> 4) & 127];
-        u32 word = FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF;
-        const int place = (i >> 3 & 1) + (i >> 12) * 2;
-        word <<= place * (FLOAT ? 16 : 8);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i), "r"(word) : "memory");
+    for (int i = threadIdx.x; i < 128 * 16; i += blockDim.x) {
+        const int level = kLevels[i >> 4];
+        if (kPlaces == 1 && i & 8) continue;
+        const u32 word = (FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF) << (i >> 3 & 1) * (FLOAT ? 16 : 8);
+        #pragma unroll
+        for (int copy = 0; copy < (kPlaces == 4 ? 4 : 2); copy++)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i + copy * (1 << 15)), "r"(word << copy / 2 * 16) : "memory");
     }
 }
 
@@ -103,7 +104,7 @@ __device__ __forceinline__ u32 table_word(u32 address) {
 }
 
 // What `look_up` puts around an index byte to make an address: 4 * lane, and above it where the tables of places 0 and 2 begin.
-__device__ __forceinline__ u32 address_parts(int lane) { return 4 * lane | kTableAt >> 8 | (kTableAt >> 16) + 1 << 16; }
+__device__ __forceinline__ u32 address_parts(int lane) { return 4 * lane | kTableAt >> 16 << 8 | (kTableAt >> 16) + 1 << 16; }
 
 struct Lookup {
     u32 parts;   // see address_parts
@@ -113,8 +114,8 @@ struct Lookup {
     __device__ __forceinline__ void pair(const u32* a, int p, int place, u32& first, u32& second) const {
         // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
         const u32 h = window_product(a, p), at = place ? 0x7624 : 0x7524;
-        first = table_word(__byte_perm(h, parts, at));
-        second = table_word(__byte_perm(h, parts, at + 0x10) + 128);
+        first = table_word(__byte_perm(h, parts, at) + kTableAt % 65536);
+        second = table_word(__byte_perm(h, parts, at + 0x10) + kTableAt % 65536 + (kPlaces == 1 ? 0 : 128));
     }
 
     // Two float16 levels of pair `p`.
@@ -129,6 +130,7 @@ struct Lookup {
         u32 e[4];
         pair(a, 2 * output, 0, e[0], e[1]);
         pair(a, 2 * output + 1, kPlaces == 4 ? 2 : 0, e[2], e[3]);
+        if (kPlaces == 1) return add(add(e[3], e[2], one << 8), add(e[1], e[0], one << 8), one << 16);
         return kPlaces == 4 ? add(e[0] | e[1] | e[2], e[3], one) : add(e[2] | e[3], e[0] | e[1], one << 16);
     }
 };

@@ -19,11 +19,14 @@ __all__ = ["Kernel", "TensorMap", "compile_source", "load_kernel", "obstacle", "
 
 _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_MEMORY_PERCENT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _MAJOR_CAPABILITY = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_A_SHARED_MEMORY_CALL = 48 << 10
+# blocks up to this size share a Hopper's multiprocessor, if the cache leaves them all of its memory
+_ROOM_FOR_ANOTHER = 113 << 10
 # of cuTensorMapEncodeTiled: bytes; no interleaving; 128 bytes a row, swizzled; lines of 256 bytes in the L2; zeros outside
 _MAP_OF_BYTES, _MAP_PLAIN, _MAP_SWIZZLED, _MAP_L2, _MAP_ZEROS = 0, 0, 3, 3, 0
 _MAP_ALIGNMENT = 64
@@ -216,6 +219,8 @@ def load_kernel(image: bytes, name: str, types: tuple[type, ...], threads: int, 
     _check_driver(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
     if shared > _WITHOUT_A_SHARED_MEMORY_CALL:
         _check_driver(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, shared), "cuFuncSetAttribute")
+        if shared <= _ROOM_FOR_ANOTHER:
+            _check_driver(driver.cuFuncSetAttribute(function, _SHARED_MEMORY_PERCENT, 100), "cuFuncSetAttribute")
     device = ctypes.c_int()
     _check_driver(driver.cuCtxGetDevice(ctypes.byref(device)), "cuCtxGetDevice")
     attribute = {"overlapping": _PROGRAMMATIC, "cooperative": _COOPERATIVE, "plain": 0}[order]

@@ -7,10 +7,10 @@ import math
 import torch
 
 from septet.gpu import compiled
-from septet.gpu.compiled import THREADS, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
+from septet.gpu.compiled import THREADS, LayerKind, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "finish", "product", "rotate", "takes_whole_layer", "whole_layer"]
+__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "empty_slots", "finish", "product", "rotate", "takes_whole_layer", "whole_layer"]
 
 #: Tokens of one `product`.
 MOST_TOKENS = 16
@@ -20,8 +20,13 @@ LARGEST_BLOCK = 2048
 _CHUNK = 256
 #: Tokens of one `whole_layer`.
 _LAYER_TOKENS = 2
-#: Inputs that every block of threads rotates for itself; more, or more tokens, are rotated once before.
-_OWN_INPUTS = 4096
+#: Inputs whose products' sum is certain to be more than the least 32-bit integer, which stands for an empty word of a slot.
+_MOST_INPUTS = 1 << 17
+_EMPTY = -(1 << 31)
+#: Rows of 64 outputs that are finished together.
+_GROUP_ROWS = 4
+#: Units on a multiprocessor up to which layers are small.
+_SMALL_UNITS = 96
 
 
 def _shift(segment: int | None) -> int:
@@ -109,15 +114,42 @@ def product(
     return slots, workers
 
 
+def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int, bool] | None:
+    """How `whole_layer` runs: kind, blocks of threads, whether they rotate their inputs themselves. None where shared memory is too small."""
+    units, rows = units_of(inputs), -(-outputs // 64)
+    columns, small = -(-rows // _GROUP_ROWS) * units, units * rows <= _SMALL_UNITS * compiled.processors_of(device)
+    for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
+        blocks = _blocks_of(device, columns)
+        pieces = -(-columns // blocks) // units + 2
+        # partial sums, two buffers, three words for each row
+        sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12
+        # int8 inputs, a float32 scale for 64 of them, and a word per warp
+        with_inputs = sums + tokens * units * (64 + 4) + 4 * kind.warps
+        if sums <= kind.room and columns * units < 1 << 32:
+            return kind, blocks, with_inputs <= kind.room
+    return None
+
+
+def _blocks_of(device: int, columns: int) -> int:
+    return min(compiled.processors_of(device), columns)
+
+
 def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
-    """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, units that 32-bit numbers can count."""
-    units = units_of(inputs) * -(-outputs // 64)
-    workers = workers_of(device, units)
-    # the partial sums of a block's warps and rows; for one token also int8 inputs, a float32 scale for 64 of them, and a word per warp
-    in_block = compiled.WARPS * (units // workers + 1)
-    shared = tokens * (compiled.WARPS + in_block // units_of(inputs) + 2) * 256 + _OWN_INPUTS // 64 * (64 + 4) + 4 * compiled.WARPS
-    counted = (units + 1) * workers < 1 << 32
-    return tokens <= _LAYER_TOKENS and shared <= compiled.INPUT_BYTES and max(blocks) <= 256 and inputs % 8 == 0 and counted
+    """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, sums that 32-bit integers can hold."""
+    fits = tokens <= _LAYER_TOKENS and max(blocks) <= _CHUNK and inputs % 8 == 0 and inputs <= _MOST_INPUTS
+    return fits and _plan(tokens, inputs, outputs, device) is not None
+
+
+def empty_slots(inputs: int, rows: int, device: torch.device) -> torch.Tensor:
+    """Slots for `whole_layer`: int32, as many as it can need.
+
+    Args:
+        inputs: of the layer.
+        rows: of 64 outputs.
+        device: a GPU.
+    """
+    blocks = _blocks_of(device.index, -(-rows // _GROUP_ROWS) * units_of(inputs))
+    return torch.full((blocks, _LAYER_TOKENS, _CHUNK), _EMPTY, dtype=torch.int32, device=device)
 
 
 def whole_layer(
@@ -127,7 +159,7 @@ def whole_layer(
     scales: tuple[torch.Tensor, torch.Tensor],
     blocks: tuple[int, int],
     segment: int | None,
-    counters: torch.Tensor,
+    slots: torch.Tensor,
 ) -> torch.Tensor:
     """A trellis layer with int8 activations in one launch.
 
@@ -138,25 +170,25 @@ def whole_layer(
         scales: of inputs float16 [K], of outputs float16 [N].
         blocks: Hadamard blocks of inputs and outputs.
         segment: as for `product`.
-        counters: int32 zeros, at least one for 64 outputs. Two launches at the same time must not share them.
+        slots: from `empty_slots`. Two launches at the same time must not share them.
 
     Returns:
         [M, N].
     """
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
+    kind, blocks_of_threads, own = _plan(tokens, inputs, outputs, device)
     values = activation_scales = None
-    if tokens > 1 or inputs > _OWN_INPUTS:
+    if not own:
         values, activation_scales = rotate(x, scales[0], blocks[0], segment is not None, "int8")
     elif x.data_ptr() % 16:
         x = x.clone()
-    units, rows = units_of(inputs), -(-outputs // 64)
-    workers, kernel = workers_of(device, units * rows), layer_kernel(device, bits, x.dtype)
-    blocks_of_threads = -(-workers // compiled.WARPS)
-    y, slots = x.new_empty((tokens, outputs)), x.new_empty((blocks_of_threads + rows, tokens, 64), dtype=torch.int32)
-    everything = arranged, x, *scales, y, slots, counters, values, activation_scales
-    pointers = (None if t is None else t.data_ptr() for t in everything)
-    sizes = inputs, outputs, units, rows, tokens, workers, _shift(segment), 1
-    arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *(_normal(block) for block in blocks))
+    y = x.new_empty((tokens, outputs))
+    pointers = (None if t is None else t.data_ptr() for t in (arranged, x, *scales, y, slots, values, activation_scales))
+    sizes = inputs, outputs, units_of(inputs), -(-outputs // 64), tokens, _shift(segment), 1
+    columns = -(-sizes[3] // _GROUP_ROWS) * sizes[2]
+    division = *divmod(columns, blocks_of_threads), -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
+    arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *division, *(_normal(block) for block in blocks))
+    kernel = layer_kernel(device, bits, x.dtype, kind, segment is not None)
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
     return y
 

@@ -1,23 +1,39 @@
-// A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of slots, rotation of the
+// A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of blocks, rotation of the
 // outputs. Follows decode.cu (with FLOAT 0 and TILES_OF_8 1) and values.cu.
 //
-// Few inputs are rotated by every block of threads that needs them, which is cheaper than a launch that does it once; many come from
-// `rotate`. A block adds the partial sums of its warps. The sums of a row of tiles, of which two or three blocks have some, go to slots. The warp that completes the last
-// slot of a group of outputs (a counter tells it) adds the slots in their order and writes the result; so who is last decides who
-// works, and never what comes out. Counters are zero between launches: whoever completes a group clears its counter.
+// Rows of tiles stand in groups of four, 256 outputs that are rotated together; a column is a unit of each row of a group. Blocks of
+// threads divide the columns evenly, group after group, so that a block has a short range of inputs and rotates no others. Of what a block
+// has of a group (a piece), its warps take units row by row. 256 threads add their sums and leave them in the block's slot, or, in the
+// block with the group's last column, add them to the other blocks' slots and finish the group. A word of a slot is read until it is not
+// empty, and left empty: no fence, no counter. Blocks wait only for blocks before them, which have begun earlier.
+//
+// Nothing but the inputs comes from the launch before, so a block begins with everything else while that one ends: tables, weights, and
+// decoding STORED units of each warp. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and one of this.
+//
+// Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..2 (with PLACES 1); BLOCKS 1|2.
 
 constexpr int kChunkUnits = kChunk / 64;
+constexpr int kGroupRows = kChunk / 64;
+constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
 
 struct LayerArguments {
     const u32* weights;
     const Value* x;
     const u16 *input_scale, *output_scale;
     Value* y;
-    u32 *slots, *counters;
+    u32* slots;            // [blocks][tokens][256], empty between launches
     const i8* values;      // rotated inputs from `rotate`, or null
     const float* scales;
-    int inputs, outputs, units, rows, tokens, workers, segment_shift, one, input_block, output_block;
+    int inputs, outputs, units, rows, tokens, segment_shift, one, input_block, output_block;
+    u32 each, more, part;  // columns of a block, blocks that have one more, and 2^32 / units rounded up, to divide by units
     float input_normal, output_normal;
+
+    __device__ __forceinline__ u32 first_column(u32 block) const { return block * each + min(block, more); }
+    __device__ __forceinline__ u32 block_at(u32 column) const {
+        const u32 longer = more * (each + 1);
+        return column < longer ? column / (each + 1) : more + (column - longer) / each;
+    }
+    __device__ __forceinline__ u32 by_units(u32 column) const { return units == 1 ? column : __umulhi(column, part); }
 };
 
 // 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
@@ -25,7 +41,7 @@ __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArgument
     const int k = chunk * kChunk + lane * 8;
     scaled_inputs(v, l.x + (size_t)token * l.inputs + k, l.input_scale + k, k < l.inputs);
     rotate_chunk(v, l.input_block, l.input_normal, lane);
-    return largest_of_chunk(v, l.segment_shift >= 0 ? l.input_block : kChunk);
+    return largest_of_chunk(v, SEGMENTED ? l.input_block : kChunk);
 }
 
 __device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token, int chunk, int segments, int lane) {
@@ -36,13 +52,13 @@ __device__ __forceinline__ void store_inputs(i8* values, float* scales, const fl
     #pragma unroll
     for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
     *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
-    if (l.segment_shift >= 0 && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
+    if (SEGMENTED && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
 }
 
 // int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
 __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count, int segments) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
-    const bool by_token = l.segment_shift < 0;
+    const bool by_token = !SEGMENTED;
     #pragma unroll 1
     for (int token = 0; token < l.tokens; token++) {
         u32 whole = 0;
@@ -70,149 +86,345 @@ __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* t
     }
 }
 
-__device__ __forceinline__ int worker_at(u32 unit, u32 all, u32 workers) { return ((unit + 1) * workers - 1) / all; }
-
-struct Range {
-    int from, to;
+// What a block has of a group: columns k .. k + length - 1; `before` are the block's units in front of it.
+struct Piece {
+    int group, rows, k, length, before;
 };
 
-// The warps that have units of a row.
-__device__ __forceinline__ Range workers_of(const LayerArguments& l, int row, u32 all) {
-    return {worker_at(row * l.units, all, l.workers), worker_at((row + 1) * l.units - 1, all, l.workers)};
+// The columns of a block.
+struct Share {
+    int group, k, count;
+
+    __device__ __forceinline__ Share(const LayerArguments& l) {
+        const u32 first = l.first_column(blockIdx.x);
+        group = l.by_units(first);
+        k = first - group * l.units;
+        count = l.first_column(blockIdx.x + 1) - first;
+    }
+
+    __device__ __forceinline__ Piece piece(const LayerArguments& l, int index) const {
+        const int done = index ? index * l.units - k : 0, at = group + index, from = index ? 0 : k;
+        return {at, min(kGroupRows, l.rows - at * kGroupRows), from, min(l.units - from, count - done), done * kGroupRows};
+    }
+
+    __device__ __forceinline__ int pieces(const LayerArguments& l) const { return l.by_units(k + count - 1) + 1; }
+
+    __device__ __forceinline__ int units(const LayerArguments& l) const {
+        const Piece last = piece(l, pieces(l) - 1);
+        return last.before + last.rows * last.length;
+    }
+};
+
+// Where a warp is among the units of its block: rows of pieces one after the other.
+struct Walk {
+    int unit, end, index;   // of the row; behind what the piece has of the row; rows before it, four for a piece
+    const u32* at;
+
+    __device__ __forceinline__ Walk(const LayerArguments& l, const Share& share, int begin) {
+        int p = share.piece(l, 0).length * kGroupRows;
+        p = begin < p ? 0 : 1 + l.by_units((begin - p) / kGroupRows);
+        const Piece piece = share.piece(l, p);
+        const int row = (begin - piece.before) / piece.length;
+        unit = piece.k + (begin - piece.before) % piece.length;
+        end = piece.k + piece.length;
+        index = p * kGroupRows + row;
+        at = l.weights + ((size_t)(piece.group * kGroupRows + row) * l.units + unit) * kUnitWords;
+    }
+
+    __device__ __forceinline__ void step(const LayerArguments& l, const Share& share) {
+        int units = 1;
+        if (++unit == end) {
+            const Piece piece = share.piece(l, ++index / kGroupRows);
+            if (index % kGroupRows) units += l.units - piece.length;
+            unit = piece.k;
+            end = unit + piece.length;
+        }
+        at += units * kUnitWords;
+    }
+
+    __device__ __forceinline__ void load(u32 (&w)[kWords], int lane) const { load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2); }
+};
+
+__device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+
+// The scales that a block will need: nobody has read them yet.
+__device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < min(share.count, l.units); i += 32 * WARPS) {
+        const int unit = share.k + i;
+        bring_closer(l.input_scale + (unit < l.units ? unit : unit - l.units) * 64);
+    }
+    const int row = share.group * kGroupRows + threadIdx.x;
+    if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
 }
 
-// The outputs of `group`, 256 at most: 8 of a lane.
-__device__ __forceinline__ void finish_group(const LayerArguments& l, int group, int group_rows, u32 all, const float* scales, int lane) {
-    const int row = group * group_rows + lane / 8, o = row * 64 + lane % 8 * 8;
-    const bool mine = lane / 8 < group_rows && row < l.rows;
-    const Range workers = workers_of(l, mine ? row : 0, all);
-    const int from = workers.from / WARPS, to = mine ? workers.to / WARPS : from - 1;
+// The tensor cores' operands of a unit.
+typedef u32 Operands[2][4][4];
+
+__device__ __forceinline__ void decode_unit(Operands& e, const u32 (&w)[kWords], const Lookup& lookup, int lane) {
+    #pragma unroll
+    for (int q = 0; q < 2; q++) {
+        u32 a[5], b[5];
+        chunks(w + BITS * q, lane, a, b);
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) e[q][j][i] = lookup.four(i / 2 ? b : a, 2 * j + i % 2);
+    }
+}
+
+__device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e, const uint4& x) {
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        multiply(sums.of[0][j], e[0][j][0], e[0][j][1], e[0][j][2], e[0][j][3], x.x, x.y);
+        multiply(sums.of[0][j], e[1][j][0], e[1][j][1], e[1][j][2], e[1][j][3], x.z, x.w);
+    }
+}
+
+// Where a lane keeps operands of its stored unit `i`, and how far a word is from the next: the first in the gaps of the table with one place, the
+// second behind the table.
+struct Store {
+    u32 at, stride;
+
+    __device__ __forceinline__ Store(int i, int warp, int lane)
+        : at(i ? kTableAt + (1 << 16) + warp * 32 * 128 + 4 * lane : kTableAt + warp * 32 * 256 + 128 + 4 * lane), stride(i ? 128 : 256) {}
+
+    __device__ __forceinline__ void put(const Operands& e) const {
+        #pragma unroll
+        for (int n = 0; n < 32; n++) asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + n * stride), "r"(e[n / 16][n / 4 % 4][n % 4]) : "memory");
+    }
+
+    __device__ __forceinline__ void get(Operands& e) const {
+        #pragma unroll
+        for (int n = 0; n < 32; n++) e[n / 16][n / 4 % 4][n % 4] = table_word(at + n * stride);
+    }
+};
+
+#if SEGMENTED
+typedef float Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
+__device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
+#else
+typedef int Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
+__device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
+__device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
+#endif
+
+struct alignas(16) Four {
+    Sum x, y, z, w;
+};
+
+// Sums of a row of tiles as they grow, and where they go.
+struct Row {
+    Sums sums;
+    Four* to;           // [tokens][64] in shared memory; those of the next row follow
+    bool first = true;
+
+    // Adds sums of a segment, times its scale. They are added up in shared memory, since the loop around this needs all registers. Up to two
+    // tokens are columns of every fourth lane's results.
+    __device__ __forceinline__ void add_segment(const float* scales, int segments, int tokens, int lane) {
+        #pragma unroll
+        for (int token = 0; token < 2; token++) {
+            if (lane % 4 || token >= tokens) continue;
+            const float scale = SEGMENTED ? scales[token * segments] : 1.f;
+            const auto scaled = [&](int sum) { return SEGMENTED ? (Sum)__fmul_rn(scale, (float)sum) : (Sum)sum; };
+            #pragma unroll
+            for (int v = 0; v < 2; v++) {
+                Four* total = to + token * 16 + lane / 2 + v;
+                Four four = first ? Four{0, 0, 0, 0} : *total;
+                four.x = add_sums(four.x, scaled(sums.of[0][2 * v][token]));
+                four.y = add_sums(four.y, scaled(sums.of[0][2 * v][token + 2]));
+                four.z = add_sums(four.z, scaled(sums.of[0][2 * v + 1][token]));
+                four.w = add_sums(four.w, scaled(sums.of[0][2 * v + 1][token + 2]));
+                *total = four;
+            }
+        }
+        sums.clear();
+        first = false;
+    }
+
+    __device__ __forceinline__ void end_unit(const LayerArguments& l, const float* scales, int unit, bool ends, int lane) {
+        const int shift = SEGMENTED ? l.segment_shift : 2, mask = (1 << shift) - 1;
+        if (ends || (unit + 1 & mask) == 0) add_segment(scales + (unit >> shift), l.units + mask >> shift, l.tokens, lane);
+        if (!ends) return;
+        to += l.tokens * 16;
+        first = true;
+    }
+};
+
+__device__ __forceinline__ u32 word_at(const u32* p) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(p) : "memory");
+    return word;
+}
+
+__device__ __forceinline__ void put(u32* p, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory"); }
+
+// The sum of a word of each of `count` slots in order, as soon as they are there.
+__device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
+    constexpr int kAtATime = 8;
+    int patience = 1 << 23;   // what never comes must not hang the device
+    Sum sum = 0;
+    #pragma unroll 1
+    for (; count > 0; count -= kAtATime, slot += kAtATime * stride) {
+        u32 words[kAtATime];
+        for (bool missing = true; missing;) {
+            missing = false;
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
+            #pragma unroll
+            for (int i = 0; i < kAtATime; i++) missing |= words[i] == kEmpty;
+            if (--patience == 0) __trap();
+        }
+        #pragma unroll
+        for (int i = 0; i < kAtATime; i++)
+            if (i < count) {
+                sum = add_sums(sum, sum_of(words[i]));
+                put(slot + i * stride, kEmpty);
+            }
+    }
+    return sum;
+}
+
+// Who has sums of a row of a piece: warps of this block, and blocks from `first_block` to this one. Found out in advance.
+struct Meeting {
+    int from, to, first_block;
+
+    __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
+        const Piece piece = share.piece(l, index);
+        const int units = share.units(l), begin = piece.before + row * piece.length;
+        from = ((begin + 1) * WARPS - 1) / units;
+        to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
+        first_block = l.block_at(piece.group * l.units);
+    }
+};
+
+// Sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
+__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Meeting* meetings, const Sum* partial, float* exchange, const float* scales, int& turn) {
+    const Piece piece = share.piece(l, index);
+    const int thread = threadIdx.x % kChunk, row = thread / 64, o = piece.group * kChunk + thread, units = share.units(l);
+    const bool ends = piece.k + piece.length == l.units, inside = ends && o < l.outputs;
+    const float scale = of_half(inside ? l.output_scale[o] : (u16)0);
+    const Meeting meeting = meetings[index * kGroupRows + row];
     #pragma unroll 1
     for (int token = 0; token < l.tokens; token++) {
-        float v[8] = {};
-        int whole[8] = {};
-        #pragma unroll 2
-        for (int block = from; block <= to; block++) {
-            const uint4* slot = (const uint4*)(l.slots + ((size_t)(block + row) * l.tokens + token) * 64 + lane % 8 * 8);
-            const uint4 low = __ldcg(slot), high = __ldcg(slot + 1);
-            const u32 eight[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (l.segment_shift < 0) whole[i] += (int)eight[i];
-                else v[i] = __fadd_rn(v[i], __uint_as_float(eight[i]));
-            }
-        }
-        if (l.segment_shift < 0) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) v[i] = __fmul_rn(scales[token], (float)whole[i]);
-        }
-        rotate_chunk(v, l.output_block, l.output_normal, lane);
-        if (mine) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (o + i < l.outputs) l.y[(size_t)token * l.outputs + o + i] = write(__fmul_rn(v[i], of_half(l.output_scale[o + i])));
-        }
-    }
-}
-
-// Adds what the block's warps have of row `row`, two outputs of a lane, and finishes the row's group if nothing else is missing.
-__device__ __forceinline__ void give_row(const LayerArguments& l, const u32* partial, int row, int first_row, u32 all, const float* scales, int lane) {
-    const Range workers = workers_of(l, row, all);
-    const int first_worker = blockIdx.x * WARPS, from = max(workers.from, first_worker), to = min(workers.to, first_worker + WARPS - 1);
-    for (int token = 0; token < l.tokens; token++) {
-        uint2 sum = make_uint2(0, 0);
+        Sum own = 0, sum = 0;
         #pragma unroll 4
-        for (int w = from; w <= to; w++) {
-            const uint2 two = *(const uint2*)(partial + ((w - first_worker + row - first_row) * l.tokens + token) * 64 + 2 * lane);
-            if (l.segment_shift < 0) {
-                sum.x += two.x;
-                sum.y += two.y;
-            } else {
-                sum.x = __float_as_uint(__fadd_rn(__uint_as_float(sum.x), __uint_as_float(two.x)));
-                sum.y = __float_as_uint(__fadd_rn(__uint_as_float(sum.y), __uint_as_float(two.y)));
-            }
+        for (int w = meeting.from; w <= meeting.to; w++) {
+            // a warp without units has left nothing
+            if (units * (w + 1) / WARPS == units * w / WARPS) continue;
+            own = add_sums(own, partial[((w + index * kGroupRows + row) * l.tokens + token) * 64 + thread % 64]);
         }
-        *(uint2*)(l.slots + ((size_t)(blockIdx.x + row) * l.tokens + token) * 64 + 2 * lane) = sum;
+        u32* slot = l.slots + token * kChunk + thread;
+        const int stride = l.tokens * kChunk;
+        const bool mine = meeting.to >= 0;
+        if (!ends) {
+            if (mine) put(slot + blockIdx.x * stride, word_of(own));
+            continue;
+        }
+        if (mine) sum = take_slots(slot + meeting.first_block * stride, blockIdx.x - meeting.first_block, stride);
+        sum = add_sums(sum, own);
+        float v = SEGMENTED ? (float)sum : __fmul_rn(scales[token], (float)sum);
+        __syncwarp();
+        #pragma unroll 1
+        for (int h = 1; h < l.output_block; h *= 2) {
+            float other;
+            if (h < 32) {
+                other = __shfl_xor_sync(~0u, v, h);
+            } else {
+                // two buffers in turns, so that one barrier is enough; those of the two halves of a block are numbered 1 and 2
+                float* const buffer = exchange + turn * kChunk;
+                turn ^= 1;
+                buffer[thread] = v;
+                asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / kChunk) : "memory");
+                other = buffer[thread ^ h];
+            }
+            v = butterfly(v, other, thread & h);
+        }
+        if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(__fmul_rn(v, l.output_normal), scale));
     }
-    __syncwarp();
-    const int group_rows = max(1, l.output_block / 64), group = row / group_rows;
-    int before = 0, expected = 0;
-    // releases what all lanes have written, and acquires what other blocks have
-    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(l.counters + group) : "memory");
-    const int other = group * group_rows + lane;
-    if (lane < group_rows && other < l.rows) {
-        const Range theirs = workers_of(l, other, all);
-        expected = theirs.to / WARPS - theirs.from / WARPS + 1;
-    }
-    expected = __reduce_add_sync(~0u, expected);
-    if (__shfl_sync(~0u, before, 0) + 1 < expected) return;
-    __syncwarp();
-    finish_group(l, group, group_rows, all, scales, lane);
-    if (lane == 0) l.counters[group] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer(const __grid_constant__ LayerArguments l) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5, worker = blockIdx.x * WARPS + warp;
-    const u32 all = l.rows * l.units, begin = all * min(worker, l.workers) / l.workers;
-    int left = all * min(worker + 1, l.workers) / l.workers - begin;
-    const u32 *fours = l.weights + (size_t)begin * kUnitWords + lane * 4, *twos = fours - lane * 4 + kWords / 4 * 128 + lane * 2;
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5;
+    const Share share(l);
+    const int units = share.units(l), begin = units * warp / WARPS;
+    int left = units * (warp + 1) / WARPS - begin;
+    Walk here(l, share, min(begin, units - 1)), ahead = here;
     u32 w[kWords], next[kWords];
     let_the_next_begin();
-    if (left) load_unit(w, fours, twos);
+    if (left) here.load(w, lane);
+    prefetch_scales(l, share);
     fill_table();
-    wait_for_inputs();
-    const bool segmented = l.segment_shift >= 0;
-    const int segment_mask = segmented ? (1 << l.segment_shift) - 1 : 0, segments = segmented ? l.units + segment_mask >> l.segment_shift : 1;
+    const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1, rows = share.pieces(l) * kGroupRows;
     i8* values = (i8*)shared_memory;
     u32* partial = (u32*)(values + (l.values ? 0 : (size_t)l.tokens * 64 * l.units));
-    const u32 block_begin = all * (blockIdx.x * WARPS) / l.workers, block_end = all * min((blockIdx.x + 1) * WARPS, (u32)l.workers) / l.workers;
-    const int first_row = block_begin / l.units, last_row = (block_end - 1) / l.units;
-    float* scales = (float*)(partial + (WARPS + last_row - first_row) * l.tokens * 64);
-    if (!l.values) prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, block_begin % l.units, min(block_end - block_begin, (u32)l.units), segments);
+    float* exchange = (float*)(partial + (WARPS + rows) * l.tokens * 64);
+    Meeting* meetings = (Meeting*)(exchange + 2 * 32 * WARPS);
+    float* scales = (float*)(meetings + rows);
+    const Lookup lookup = {address_parts(lane), (u32)l.one};
+    __syncthreads();
+    Operands operands;
+    #pragma unroll 1
+    for (int i = 0; i < min(STORED, left); i++) {
+        if (i + 1 < left) {
+            ahead.step(l, share);
+            ahead.load(next, lane);
+        }
+        decode_unit(operands, w, lookup, lane);
+        Store(i, warp, lane).put(operands);
+        #pragma unroll
+        for (int j = 0; j < kWords; j++) w[j] = next[j];
+    }
+    wait_for_inputs();
+    // who has least to do with inputs
+    if (warp == WARPS - 1)
+        for (int i = lane; i < rows; i += 32) meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
+    if (!l.values) prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, share.k, min(share.count, l.units), segments);
     __syncthreads();
     if (l.values) {
         values = const_cast<i8*>(l.values);
         scales = const_cast<float*>(l.scales);
     }
-    const Lookup lookup = {address_parts(lane), (u32)l.one};
-    int row = begin / l.units, unit = begin % l.units;
     const uint4* row_inputs = (const uint4*)(values + (size_t)(g < l.tokens ? g : 0) * 64 * l.units) + t;
+    const auto inputs_at = [&](int unit) { return g < l.tokens ? row_inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
+    Row row;
+    row.sums.clear();
+    row.to = (Four*)partial + (warp + here.index) * l.tokens * 16;
+    #pragma unroll 1
+    for (int i = 0; i < min(STORED, left); i++) {
+        Store(i, warp, lane).get(operands);
+        multiply_operands(row.sums, operands, inputs_at(here.unit));
+        row.end_unit(l, scales, here.unit, here.unit + 1 == here.end || i + 1 == left, lane);
+        here.step(l, share);
+    }
     uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
-    if (g < l.tokens && left) x4 = row_inputs[unit * 4];
-    Sums sums;
-    sums.clear();
-    float total[1][4][4] = {};
-    while (left) {
-        const bool last = unit + 1 == l.units || left == 1;
+    left -= STORED;
+    if (left > 0) x4 = inputs_at(here.unit);
+    #pragma unroll 1
+    while (left > 0) {
         const Inputs x = {{{x4.x, x4.y, x4.z, x4.w}}};
-        fours += kUnitWords;
-        twos += kUnitWords;
+        const int unit = here.unit;
+        const bool ends = unit + 1 == here.end || left == 1;
         if (left > 1) {
-            load_unit(next, fours, twos);
-            if (g < l.tokens) next_x4 = row_inputs[last ? 0 : unit * 4 + 4];
+            here.step(l, share);
+            here.load(next, lane);
+            next_x4 = inputs_at(here.unit);
         }
-        multiply_unit(sums, w, x, lookup, lane);
-        if (segmented && (last || (unit + 1 & segment_mask) == 0)) scale_segment(total, sums, scales, unit >> l.segment_shift, segments, l.tokens, lane);
-        if (last) {
-            u32* slot = partial + (warp + row - first_row) * l.tokens * 64;
-            if (segmented) {
-                store_slot(slot, total, l.tokens, lane);
-                #pragma unroll
-                for (int i = 0; i < 16; i++) (&total[0][0][0])[i] = 0;
-            } else {
-                store_slot(slot, sums.of, l.tokens, lane);
-                sums.clear();
-            }
-            row++;
-            unit = -1;
-        }
+        multiply_unit(row.sums, w, x, lookup, lane);
+        row.end_unit(l, scales, unit, ends, lane);
         left--;
-        unit++;
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
         x4 = next_x4;
     }
     __syncthreads();
+    const int half = threadIdx.x / kChunk;
+    int turn = 0;
+    // the last first: a group that other blocks wait for, or nobody
     #pragma unroll 1
-    for (int r = first_row + warp; r <= last_row; r += WARPS) give_row(l, partial, r, first_row, all, scales, lane);
+    for (int p = share.pieces(l) - 1 - half; p >= 0; p -= 32 * WARPS / kChunk)
+        end_piece(l, share, p, meetings, (const Sum*)partial, exchange + half * 2 * kChunk, scales, turn);
 }

@@ -42,7 +42,7 @@ class Layer:
         scale, input_scale: float16, contiguous; scale of split in float32.
         offset: float32 or None.
         table: level table for `portable`, or None.
-        counters: int32 zeros for `launches.whole_layer`, or None. Because of them a layer must not run twice at the same time.
+        slots: for `launches.whole_layer`, or None. Because of them a layer must not run twice at the same time.
     """
 
     code: str
@@ -57,7 +57,7 @@ class Layer:
     input_scale: torch.Tensor | None
     offset: torch.Tensor | None
     table: torch.Tensor | None
-    counters: torch.Tensor | None
+    slots: torch.Tensor | None
 
     @property
     def rows(self) -> int:
@@ -96,19 +96,19 @@ def prepare(tensors: tuple, sizes: tuple, segment: int) -> Layer:
     """
     weight, scale, input_scale, offset = tensors
     code, bits, inputs, outputs, input_block, output_block = sizes
-    arranged = table = counters = None
+    arranged = table = slots = None
     fits = max(input_block, output_block) <= launches.LARGEST_BLOCK
     segment_fits = segment >= inputs or segment % 64 == 0
     if code == "trellis" and fits and segment_fits and _uses_cuda(weight.device) and compiled.fits(weight.device.index):
         arranged = arrange(weight.detach(), bits)
-        counters = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        slots = launches.empty_slots(inputs, len(weight), weight.device)
     elif code != "int8":
         table = portable.level_table(weight.device)
     if code == "split":
         scale, offset = (None if t is None else t.detach().to(torch.float32).contiguous() for t in (scale, offset))
     else:
         scale, input_scale = (t.detach().to(torch.float16).clone() for t in (scale, input_scale))
-    return Layer(*sizes, segment, arranged, scale, input_scale, offset, table, counters)
+    return Layer(*sizes, segment, arranged, scale, input_scale, offset, table, slots)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor
     blocks = layer.input_block, layer.output_block
     if activations == "int8" and launches.takes_whole_layer(*x.shape, layer.outputs, blocks, x.device.index):
         scales, segment = (layer.input_scale, layer.scale), layer.segment if layer.segmented else None
-        return launches.whole_layer(x, layer.arranged, layer.bits, scales, blocks, segment, layer.counters)
+        return launches.whole_layer(x, layer.arranged, layer.bits, scales, blocks, segment, layer.slots)
     kind = "int8" if activations == "int8" else "halves"
     values, scales = launches.rotate(x, layer.input_scale, layer.input_block, layer.segmented, kind)
     segment = layer.segment if layer.segmented else None

@@ -26,7 +26,7 @@ __device__ __forceinline__ float of_half(u16 v) { float f; asm("cvt.f32.f16 %0, 
 __device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
 
 __device__ __forceinline__ float butterfly(float mine, float other, bool upper) {
-    return upper ? __fadd_rn(other, -mine) : __fadd_rn(mine, other);
+    return __fmaf_rn(mine, upper ? -1.f : 1.f, other);
 }
 
 __device__ __forceinline__ void add_and_subtract(float& a, float& b) {
@@ -48,6 +48,8 @@ struct Rounding {
             const float a = __uint_as_float(top);
             scale = __fdiv_rn(a, 127.f);
             factor = __fdiv_rn(127.f, a);
+            // once, not where each value that is not 0 uses it
+            asm volatile("" : "+f"(factor));
         } else {
             const u32 exponent = min(267u - min(top >> 23, 254u), 253u);
             factor = __uint_as_float(exponent << 23);
@@ -89,11 +91,12 @@ __device__ __forceinline__ void rotate_chunk(float (&v)[8], int block, float nor
                     v[i + h] = __fadd_rn(a, -b);
                 }
         }
-    #pragma unroll 1
-    for (int h = 8; h < block; h *= 2) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
-    }
+    #pragma unroll
+    for (int h = 8; h < kChunk; h *= 2)
+        if (h < block) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) v[i] = butterfly(v[i], __shfl_xor_sync(~0u, v[i], h / 8), lane * 8 & h);
+        }
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], normal);
 }
