@@ -75,7 +75,8 @@ def test_triton_kernels_compile(tmp_path) -> None:
 def test_cuda_kernels_compile(architecture) -> None:
     options = (f"--gpu-architecture=sm_{architecture}", "--std=c++17")
     sources = [
-        compiled.trellis_source("values.cu", "layer.cu", bits=7, dtype=2) + same_layout("LayerArguments", compiled.LayerArguments),
+        compiled.layer_source(7, torch.bfloat16, compiled.LARGE, segmented=True) + same_layout("LayerArguments", compiled.LayerArguments),
+        compiled.layer_source(6, torch.float32, compiled.SMALL, segmented=False),
         compiled.trellis_source("product.cu", bits=6, many=True),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
         compiled.source_of("values.cu", "launch.cu", "activations.cu", E=2, DTYPE=1),

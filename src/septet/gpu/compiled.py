@@ -57,7 +57,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
 class LayerArguments(ctypes.Structure):
-    """LayerArguments of layer.cu."""
+    """LayerArguments of columns.cu."""
 
     _fields_ = [
         *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "values", "scales")),
@@ -165,7 +165,7 @@ def product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool
 def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool, places: int = 4) -> str:
     """layer.cu in one of its kinds; `places` are the most that the device has shared memory for."""
     macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored, "SEGMENTED": int(segmented)}
-    return trellis_source("values.cu", "layer.cu", bits=bits, places=min(places, kind.places), dtype=DTYPES[dtype], **macros)
+    return trellis_source("values.cu", "columns.cu", "layer.cu", bits=bits, places=min(places, kind.places), dtype=DTYPES[dtype], **macros)
 
 
 @cache

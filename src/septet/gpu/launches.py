@@ -20,13 +20,15 @@ LARGEST_BLOCK = 2048
 _CHUNK = 256
 #: Tokens of one `whole_layer`.
 _LAYER_TOKENS = 2
+#: Inputs with one scale that every block of threads rotates to find it; more are rotated once before.
+_OWN_INPUTS = 8192
 #: Inputs whose products' sum is certain to be more than the least 32-bit integer, which stands for an empty word of a slot.
 _MOST_INPUTS = 1 << 17
 _EMPTY = -(1 << 31)
 #: Rows of 64 outputs that are finished together.
 _GROUP_ROWS = 4
 #: Units on a multiprocessor up to which layers are small.
-_SMALL_UNITS = 96
+_SMALL_UNITS = 64
 
 
 def _shift(segment: int | None) -> int:
@@ -114,8 +116,8 @@ def product(
     return slots, workers
 
 
-def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int, bool] | None:
-    """How `whole_layer` runs: kind, blocks of threads, whether they rotate their inputs themselves. None where shared memory is too small."""
+def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int] | None:
+    """How `whole_layer` runs: kind and blocks of threads. None where shared memory is too small."""
     units, rows = units_of(inputs), -(-outputs // 64)
     columns, small = -(-rows // _GROUP_ROWS) * units, units * rows <= _SMALL_UNITS * compiled.processors_of(device)
     for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
@@ -124,9 +126,8 @@ def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKin
         # partial sums, two buffers, three words for each row
         sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12
         # int8 inputs, a float32 scale for 64 of them, and a word per warp
-        with_inputs = sums + tokens * units * (64 + 4) + 4 * kind.warps
-        if sums <= kind.room and columns * units < 1 << 32:
-            return kind, blocks, with_inputs <= kind.room
+        if sums + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room and (columns + units) * units < 1 << 32:
+            return kind, blocks
     return None
 
 
@@ -176,9 +177,9 @@ def whole_layer(
         [M, N].
     """
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
-    kind, blocks_of_threads, own = _plan(tokens, inputs, outputs, device)
+    kind, blocks_of_threads = _plan(tokens, inputs, outputs, device)
     values = activation_scales = None
-    if not own:
+    if segment is None and tokens * inputs > _OWN_INPUTS:
         values, activation_scales = rotate(x, scales[0], blocks[0], segment is not None, "int8")
     elif x.data_ptr() % 16:
         x = x.clone()

@@ -1,5 +1,5 @@
 // A whole trellis layer for very few tokens in one launch: rotation and rounding of the inputs, product, sums of blocks, rotation of the
-// outputs. Follows decode.cu (with FLOAT 0 and TILES_OF_8 1) and values.cu.
+// outputs. Follows columns.cu, with FLOAT 0 and TILES_OF_8 1.
 //
 // Rows of tiles stand in groups of four, 256 outputs that are rotated together; a column is a unit of each row of a group. Blocks of
 // threads divide the columns evenly, group after group, so that a block has a short range of inputs and rotates no others. Of what a block
@@ -12,29 +12,7 @@
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..2 (with PLACES 1); BLOCKS 1|2.
 
-constexpr int kChunkUnits = kChunk / 64;
-constexpr int kGroupRows = kChunk / 64;
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
-
-struct LayerArguments {
-    const u32* weights;
-    const Value* x;
-    const u16 *input_scale, *output_scale;
-    Value* y;
-    u32* slots;            // [blocks][tokens][256], empty between launches
-    const i8* values;      // rotated inputs from `rotate`, or null
-    const float* scales;
-    int inputs, outputs, units, rows, tokens, segment_shift, one, input_block, output_block;
-    u32 each, more, part;  // columns of a block, blocks that have one more, and 2^32 / units rounded up, to divide by units
-    float input_normal, output_normal;
-
-    __device__ __forceinline__ u32 first_column(u32 block) const { return block * each + min(block, more); }
-    __device__ __forceinline__ u32 block_at(u32 column) const {
-        const u32 longer = more * (each + 1);
-        return column < longer ? column / (each + 1) : more + (column - longer) / each;
-    }
-    __device__ __forceinline__ u32 by_units(u32 column) const { return units == 1 ? column : __umulhi(column, part); }
-};
 
 // 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
 __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArguments& l, int token, int chunk, int lane) {
@@ -86,76 +64,10 @@ __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* t
     }
 }
 
-// What a block has of a group: columns k .. k + length - 1; `before` are the block's units in front of it.
-struct Piece {
-    int group, rows, k, length, before;
-};
-
-// The columns of a block.
-struct Share {
-    int group, k, count;
-
-    __device__ __forceinline__ Share(const LayerArguments& l) {
-        const u32 first = l.first_column(blockIdx.x);
-        group = l.by_units(first);
-        k = first - group * l.units;
-        count = l.first_column(blockIdx.x + 1) - first;
-    }
-
-    __device__ __forceinline__ Piece piece(const LayerArguments& l, int index) const {
-        const int done = index ? index * l.units - k : 0, at = group + index, from = index ? 0 : k;
-        return {at, min(kGroupRows, l.rows - at * kGroupRows), from, min(l.units - from, count - done), done * kGroupRows};
-    }
-
-    __device__ __forceinline__ int pieces(const LayerArguments& l) const { return l.by_units(k + count - 1) + 1; }
-
-    __device__ __forceinline__ int units(const LayerArguments& l) const {
-        const Piece last = piece(l, pieces(l) - 1);
-        return last.before + last.rows * last.length;
-    }
-};
-
-// Where a warp is among the units of its block: rows of pieces one after the other.
-struct Walk {
-    int unit, end, index;   // of the row; behind what the piece has of the row; rows before it, four for a piece
-    const u32* at;
-
-    __device__ __forceinline__ Walk(const LayerArguments& l, const Share& share, int begin) {
-        int p = share.piece(l, 0).length * kGroupRows;
-        p = begin < p ? 0 : 1 + l.by_units((begin - p) / kGroupRows);
-        const Piece piece = share.piece(l, p);
-        const int row = (begin - piece.before) / piece.length;
-        unit = piece.k + (begin - piece.before) % piece.length;
-        end = piece.k + piece.length;
-        index = p * kGroupRows + row;
-        at = l.weights + ((size_t)(piece.group * kGroupRows + row) * l.units + unit) * kUnitWords;
-    }
-
-    __device__ __forceinline__ void step(const LayerArguments& l, const Share& share) {
-        int units = 1;
-        if (++unit == end) {
-            const Piece piece = share.piece(l, ++index / kGroupRows);
-            if (index % kGroupRows) units += l.units - piece.length;
-            unit = piece.k;
-            end = unit + piece.length;
-        }
-        at += units * kUnitWords;
-    }
-
-    __device__ __forceinline__ void load(u32 (&w)[kWords], int lane) const { load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2); }
-};
-
-__device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
-
-// The scales that a block will need: nobody has read them yet.
-__device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < min(share.count, l.units); i += 32 * WARPS) {
-        const int unit = share.k + i;
-        bring_closer(l.input_scale + (unit < l.units ? unit : unit - l.units) * 64);
-    }
-    const int row = share.group * kGroupRows + threadIdx.x;
-    if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
+// The same from `rotate`.
+__device__ __forceinline__ void copy_inputs(i8* values, float* scales, const LayerArguments& l, int segments) {
+    for (int i = threadIdx.x; i < l.tokens * l.units * 4; i += 32 * WARPS) ((uint4*)values)[i] = ((const uint4*)l.values)[i];
+    for (int i = threadIdx.x; i < l.tokens * segments; i += 32 * WARPS) scales[i] = l.scales[i];
 }
 
 // The tensor cores' operands of a unit.
@@ -347,64 +259,58 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5;
-    const Share share(l);
-    const int units = share.units(l), begin = units * warp / WARPS;
-    int left = units * (warp + 1) / WARPS - begin;
-    Walk here(l, share, min(begin, units - 1)), ahead = here;
-    u32 w[kWords], next[kWords];
-    let_the_next_begin();
-    if (left) here.load(w, lane);
-    prefetch_scales(l, share);
-    fill_table();
-    const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1, rows = share.pieces(l) * kGroupRows;
-    i8* values = (i8*)shared_memory;
-    u32* partial = (u32*)(values + (l.values ? 0 : (size_t)l.tokens * 64 * l.units));
-    float* exchange = (float*)(partial + (WARPS + rows) * l.tokens * 64);
-    Meeting* meetings = (Meeting*)(exchange + 2 * 32 * WARPS);
-    float* scales = (float*)(meetings + rows);
-    const Lookup lookup = {address_parts(lane), (u32)l.one};
-    __syncthreads();
-    Operands operands;
+// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `end_piece`, who meets whom, scales of inputs.
+struct Memory {
+    i8* values;
+    Four* partial;
+    float* exchange;
+    Meeting* meetings;
+    float* scales;
+
+    __device__ __forceinline__ Memory(const LayerArguments& l, int rows)
+        : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)), exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
+          meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
+};
+
+// The first units of a warp, decoded; `w` is then the next.
+__device__ __forceinline__ void store_units(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords], const Lookup& lookup, int lane) {
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
+        u32 next[kWords];
         if (i + 1 < left) {
-            ahead.step(l, share);
-            ahead.load(next, lane);
+            walk.step(l, share);
+            walk.load(next, lane);
         }
+        Operands operands;
         decode_unit(operands, w, lookup, lane);
-        Store(i, warp, lane).put(operands);
+        Store(i, threadIdx.x / 32, lane).put(operands);
         #pragma unroll
         for (int j = 0; j < kWords; j++) w[j] = next[j];
     }
-    wait_for_inputs();
-    // who has least to do with inputs
-    if (warp == WARPS - 1)
-        for (int i = lane; i < rows; i += 32) meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
-    if (!l.values) prepare_inputs(values, scales, (u32*)(scales + l.tokens * segments), l, share.k, min(share.count, l.units), segments);
-    __syncthreads();
-    if (l.values) {
-        values = const_cast<i8*>(l.values);
-        scales = const_cast<float*>(l.scales);
-    }
-    const uint4* row_inputs = (const uint4*)(values + (size_t)(g < l.tokens ? g : 0) * 64 * l.units) + t;
-    const auto inputs_at = [&](int unit) { return g < l.tokens ? row_inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
+}
+
+// The sums of a warp's units.
+__device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords], const Lookup& lookup, const Memory& memory, int lane) {
+    const int g = lane >> 2, warp = threadIdx.x >> 5;
+    const uint4* inputs = (const uint4*)(memory.values + (g < l.tokens ? g : 0) * 64 * l.units) + (lane & 3);
+    const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
     Row row;
     row.sums.clear();
-    row.to = (Four*)partial + (warp + here.index) * l.tokens * 16;
+    row.to = memory.partial + (warp + here.index) * l.tokens * 16;
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
+        Operands operands;
         Store(i, warp, lane).get(operands);
         multiply_operands(row.sums, operands, inputs_at(here.unit));
-        row.end_unit(l, scales, here.unit, here.unit + 1 == here.end || i + 1 == left, lane);
+        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || i + 1 == left, lane);
         here.step(l, share);
     }
-    uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
     left -= STORED;
+    uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
     if (left > 0) x4 = inputs_at(here.unit);
     #pragma unroll 1
     while (left > 0) {
+        u32 next[kWords];
         const Inputs x = {{{x4.x, x4.y, x4.z, x4.w}}};
         const int unit = here.unit;
         const bool ends = unit + 1 == here.end || left == 1;
@@ -414,17 +320,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
             next_x4 = inputs_at(here.unit);
         }
         multiply_unit(row.sums, w, x, lookup, lane);
-        row.end_unit(l, scales, unit, ends, lane);
+        row.end_unit(l, memory.scales, unit, ends, lane);
         left--;
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
         x4 = next_x4;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const Share share(l);
+    const int units = share.units(l), begin = units * warp / WARPS, left = units * (warp + 1) / WARPS - begin, pieces = share.pieces(l);
+    const Walk walk(l, share, min(begin, units - 1));
+    u32 w[kWords];
+    let_the_next_begin();
+    if (left) walk.load(w, lane);
+    prefetch_scales(l, share);
+    fill_table();
+    const Memory memory(l, pieces * kGroupRows);
+    const Lookup lookup = {address_parts(lane), (u32)l.one};
     __syncthreads();
-    const int half = threadIdx.x / kChunk;
+    store_units(l, share, walk, left, w, lookup, lane);
+    wait_for_inputs();
+    // who has least to do with inputs
+    if (warp == WARPS - 1)
+        for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
+    const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
+    if (l.values) copy_inputs(memory.values, memory.scales, l, segments);
+    else prepare_inputs(memory.values, memory.scales, (u32*)(memory.scales + l.tokens * segments), l, share.k, min(share.count, l.units), segments);
+    __syncthreads();
+    multiply_units(l, share, walk, left, w, lookup, memory, lane);
+    __syncthreads();
+    // the last first: other blocks wait for it, or none
     int turn = 0;
-    // the last first: a group that other blocks wait for, or nobody
     #pragma unroll 1
-    for (int p = share.pieces(l) - 1 - half; p >= 0; p -= 32 * WARPS / kChunk)
-        end_piece(l, share, p, meetings, (const Sum*)partial, exchange + half * 2 * kChunk, scales, turn);
+    for (int p = pieces - 1 - (int)threadIdx.x / kChunk; p >= 0; p -= 32 * WARPS / kChunk)
+        end_piece(l, share, p, memory.meetings, (const Sum*)memory.partial, memory.exchange + threadIdx.x / kChunk * 2 * kChunk, memory.scales, turn);
 }

@@ -1,0 +1,96 @@
+// How layer.cu divides a layer among blocks of threads and their warps. Follows decode.cu and values.cu.
+
+constexpr int kChunkUnits = kChunk / 64;
+constexpr int kGroupRows = kChunk / 64;
+
+struct LayerArguments {
+    const u32* weights;
+    const Value* x;
+    const u16 *input_scale, *output_scale;
+    Value* y;
+    u32* slots;            // [blocks][tokens][256], empty between launches
+    const i8* values;      // rounded inputs from `rotate`, or null
+    const float* scales;
+    int inputs, outputs, units, rows, tokens, segment_shift, one, input_block, output_block;
+    u32 each, more, part;  // columns of a block, blocks that have one more, and 2^32 / units rounded up, to divide by units
+    float input_normal, output_normal;
+
+    __device__ __forceinline__ u32 first_column(u32 block) const { return block * each + min(block, more); }
+    __device__ __forceinline__ u32 block_at(u32 column) const {
+        const u32 longer = more * (each + 1);
+        return column < longer ? column / (each + 1) : more + (column - longer) / each;
+    }
+    __device__ __forceinline__ u32 by_units(u32 column) const { return units == 1 ? column : __umulhi(column, part); }
+};
+
+// What a block has of a group: columns k .. k + length - 1; `before` are the block's units in front of it.
+struct Piece {
+    int group, rows, k, length, before;
+};
+
+// The columns of a block.
+struct Share {
+    int group, k, count;
+
+    __device__ __forceinline__ Share(const LayerArguments& l) {
+        const u32 first = l.first_column(blockIdx.x);
+        group = l.by_units(first);
+        k = first - group * l.units;
+        count = l.first_column(blockIdx.x + 1) - first;
+    }
+
+    __device__ __forceinline__ Piece piece(const LayerArguments& l, int index) const {
+        const int done = index ? index * l.units - k : 0, at = group + index, from = index ? 0 : k;
+        return {at, min(kGroupRows, l.rows - at * kGroupRows), from, min(l.units - from, count - done), done * kGroupRows};
+    }
+
+    __device__ __forceinline__ int pieces(const LayerArguments& l) const { return l.by_units(k + count - 1) + 1; }
+
+    __device__ __forceinline__ int units(const LayerArguments& l) const {
+        const Piece last = piece(l, pieces(l) - 1);
+        return last.before + last.rows * last.length;
+    }
+};
+
+// Where a warp is among the units of its block: rows of pieces one after the other.
+struct Walk {
+    int unit, end, index;   // of the row; behind what the piece has of the row; rows before it, four for a piece
+    const u32* at;
+
+    __device__ __forceinline__ Walk(const LayerArguments& l, const Share& share, int begin) {
+        int p = share.piece(l, 0).length * kGroupRows;
+        p = begin < p ? 0 : 1 + l.by_units((begin - p) / kGroupRows);
+        const Piece piece = share.piece(l, p);
+        const int row = (begin - piece.before) / piece.length;
+        unit = piece.k + (begin - piece.before) % piece.length;
+        end = piece.k + piece.length;
+        index = p * kGroupRows + row;
+        at = l.weights + ((size_t)(piece.group * kGroupRows + row) * l.units + unit) * kUnitWords;
+    }
+
+    __device__ __forceinline__ void step(const LayerArguments& l, const Share& share) {
+        int units = 1;
+        if (++unit == end) {
+            const Piece piece = share.piece(l, ++index / kGroupRows);
+            if (index % kGroupRows) units += l.units - piece.length;
+            unit = piece.k;
+            end = unit + piece.length;
+        }
+        at += units * kUnitWords;
+    }
+
+    __device__ __forceinline__ void load(u32 (&w)[kWords], int lane) const { load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2); }
+};
+
+__device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+
+// The scales that a block will need: nobody has read them yet.
+__device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < min(share.count, l.units); i += 32 * WARPS) {
+        const int unit = share.k + i;
+        bring_closer(l.input_scale + (unit < l.units ? unit : unit - l.units) * 64);
+    }
+    const int row = share.group * kGroupRows + threadIdx.x;
+    if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
+}
