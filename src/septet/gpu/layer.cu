@@ -18,7 +18,7 @@ constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is
 __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArguments& l, int token, int chunk, int lane) {
     const int k = chunk * kChunk + lane * 8;
     scaled_inputs(v, l.x + (size_t)token * l.inputs + k, l.input_scale + k, k < l.inputs);
-    rotate_chunk(v, l.input_block, l.input_normal, lane);
+    rotate_chunk<5>(v, l.input_block, l.input_normal, lane);
     return largest_of_chunk(v, SEGMENTED ? l.input_block : kChunk);
 }
 
