@@ -27,10 +27,13 @@ TRELLIS = {
     "6": lambda rng: trellis_layer(rng, 6, 320, 640, (128, 64)),
     "8": lambda rng: trellis_layer(rng, 8, 256, 768, (256, 256)),
     "7, many rows": lambda rng: trellis_layer(rng, 7, 4096, 64, (64, 256)),
+    "7, several groups in a block": lambda rng: trellis_layer(rng, 7, 40960, 64, (64, 256)),
+    "6, groups in several blocks": lambda rng: trellis_layer(rng, 6, 1600, 2048, (256, 64)),
     "8, long": lambda rng: trellis_layer(rng, 8, 64, 28672, (256, 64)),
 }
 SEGMENTED = {
     "7, blocks": lambda rng: trellis_layer(rng, 7, 512, 1024, (256, 256), activation_segment="block"),
+    "7, groups in several blocks": lambda rng: trellis_layer(rng, 7, 1600, 2048, (256, 64), activation_segment="block"),
     "6, small blocks": lambda rng: trellis_layer(rng, 6, 192, 576, (64, 64), activation_segment="block"),
     "8, large blocks": lambda rng: trellis_layer(rng, 8, 1024, 2048, (1024, 512), activation_segment="block"),
     "7, blocks below a unit": lambda rng: trellis_layer(rng, 7, 64, 96, (32, 64), activation_segment="block"),
@@ -99,7 +102,7 @@ def test_int8_activations_have_the_bits_of_the_reference(name, tokens, rng) -> N
     assert np.array_equal(linear(layer, x, "int8").numpy(), wanted(layer, x, "int8"))
 
 
-@pytest.mark.parametrize("name", ["7", "7, padded units", "7, one unit", "8, long"])
+@pytest.mark.parametrize("name", ["7", "7, padded units", "7, one unit", "6, groups in several blocks", "8, long"])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_separate_launches_give_the_same_bits(name, tokens, rng, monkeypatch) -> None:
     layer = EVERY[name](rng)

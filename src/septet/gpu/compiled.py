@@ -17,11 +17,12 @@ from septet.gpu.driver import Kernel, compile_source, load_kernel, shared_memory
 
 __all__ = [
     "DTYPES",
+    "INPUT_BYTES",
+    "LARGE",
+    "SMALL",
     "THREADS",
     "TOKEN_WARPS",
     "WARPS",
-    "LARGE",
-    "SMALL",
     "LayerArguments",
     "LayerKind",
     "activation_kernel",
@@ -45,8 +46,9 @@ THREADS = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Of the level tables of two places.
 _TABLE_BYTES = 64 << 10
-#: Where tables begin in shared memory.
+#: Where tables begin in shared memory; what lies below, but for the first KiB, is for inputs and sums.
 _TABLE_AT = 64 << 10
+INPUT_BYTES = 63 << 10
 #: Warps of a block, one of which fills a multiprocessor: 128 registers a thread.
 WARPS = 16
 #: The same of token.cu, with 168 registers: with 128, what it prefetches would go through memory.
