@@ -187,8 +187,10 @@ finish(const void* __restrict__ sums, const float* __restrict__ scales, const u1
 
 // The same for sums in a float32 matrix, scaled already, blocks of at most 256 and outputs in multiples of 8: a warp for each 256 outputs.
 extern "C" __global__ void __launch_bounds__(kThreads)
-finish_chunks(const float* __restrict__ sums, const u16* __restrict__ output_scale, Value* __restrict__ y, int outputs, int block, float normal, int columns) {
-    const int token = blockIdx.y, lane = threadIdx.x & 31, chunk = blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5), o = chunk * kChunk + lane * 8;
+finish_chunks(const float* __restrict__ sums, const u16* __restrict__ output_scale, Value* __restrict__ y, int outputs, int block,
+    float normal, int columns) {
+    const int token = blockIdx.y, lane = threadIdx.x & 31, chunk = blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5),
+        o = chunk * kChunk + lane * 8;
     let_the_next_begin();
     wait_for_inputs();
     if (chunk * kChunk >= outputs) return;

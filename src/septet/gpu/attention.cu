@@ -1,4 +1,4 @@
-// Attention of one token, as a step of `decode_token`. Follows steps.cu.
+// Attention of one token, as a step of `decode_token`. Follows sums.cu.
 //
 // A block of threads takes some positions of a key-value head for up to four of its query heads; a warp reads several positions at once,
 // eight numbers of each per lane, and keeps a running maximum. Parts of a text meet in the same way as sums of a product: one warp waits
@@ -21,7 +21,8 @@ __device__ __forceinline__ int heads_of(int part) { return min(kHeads, QUERIES -
 __device__ __forceinline__ int part_of(int head) { return head / QUERIES * kParts + head % QUERIES / kHeads; }
 
 // A head of queries or keys by one warp: normalized where the model does so, rotated to its position.
-__device__ __forceinline__ void place_head(float* to, const Token& t, const u64* from, u32 tag, const Value* norm, int position, float scale, int lane) {
+__device__ __forceinline__ void place_head(float* to, const Token& t, const u64* from, u32 tag, const Value* norm, int position,
+    float scale, int lane) {
     constexpr int kEach = (HEAD / 2 + 31) / 32;
     float a[kEach], b[kEach], cosine[kEach], sine[kEach], squares = 0, factor = 1;
     #pragma unroll
@@ -44,12 +45,16 @@ __device__ __forceinline__ void place_head(float* to, const Token& t, const u64*
 }
 
 // Queries, and the new key and value as the cache will have them. Warps divide the heads.
-__device__ __forceinline__ void place_heads(AttentionMemory& m, const Token& t, const Step& s, u32 tag, int part, int position, bool store, int lane, int warp) {
+__device__ __forceinline__ void place_heads(AttentionMemory& m, const Token& t, const Step& s, u32 tag, int part, int position,
+    bool store, int lane, int warp) {
     const int kv = part / kParts, count = heads_of(part);
     const size_t at = ((size_t)kv * t.length + position) * HEAD;
     const u64 *keys = t.projected + t.heads * HEAD + kv * HEAD, *values = keys + t.kv_heads * HEAD;
     // exp2 instead of exp from here on
-    if (warp < count) place_head(m.queries[warp], t, t.projected + (first_head(part) + warp) * HEAD, tag, s.head_norms[0], position, t.scaling * 1.44269504f, lane);
+    if (warp < count) {
+        const u64* queries = t.projected + (first_head(part) + warp) * HEAD;
+        place_head(m.queries[warp], t, queries, tag, s.head_norms[0], position, t.scaling * 1.44269504f, lane);
+    }
     if (warp == kHeads) {
         place_head(m.key, t, keys, tag, s.head_norms[1], position, 1.f, lane);
         __syncwarp();
@@ -77,12 +82,14 @@ struct Stored {
 // Read when it is needed: queries of all heads would fill the registers.
 __device__ __forceinline__ float4 shared_four(const float* p) {
     float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((u32)__cvta_generic_to_shared(p)));
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((u32)__cvta_generic_to_shared(p)));
     return v;
 }
 
 // One warp's part of a text: [begin, end) in steps of kRound, the first of which is in `stored`. Leaves sums in m.partial.
-__device__ __forceinline__ void attend(AttentionMemory& m, const Token& t, const Step& s, Stored stored, int kv, int begin, int end, int position, int lane, int warp) {
+__device__ __forceinline__ void attend(AttentionMemory& m, const Token& t, const Step& s, Stored stored, int kv, int begin, int end,
+    int position, int lane, int warp) {
     const int sub = lane / kLanes, d = lane % kLanes * 8;
     float sum[kHeads][8] = {}, top[kHeads], weight[kHeads] = {};
     #pragma unroll
@@ -100,10 +107,12 @@ __device__ __forceinline__ void attend(AttentionMemory& m, const Token& t, const
         #pragma unroll
         for (int h = 0; h < kHeads; h++) {
             const float4 low = shared_four(&m.queries[h][d]), high = shared_four(&m.queries[h][d + 4]);
-            float score = low.x * k[0] + low.y * k[1] + low.z * k[2] + low.w * k[3] + high.x * k[4] + high.y * k[5] + high.z * k[6] + high.w * k[7];
+            float score = low.x * k[0] + low.y * k[1] + low.z * k[2] + low.w * k[3]
+                + high.x * k[4] + high.y * k[5] + high.z * k[6] + high.w * k[7];
             #pragma unroll
             for (int x = kLanes / 2; x; x /= 2) score += __shfl_xor_sync(~0u, score, x);
-            const float higher = max(top[h], inside ? score : kNothing), keep = exp2f(top[h] - higher), w = inside ? exp2f(score - higher) : 0.f;
+            const float higher = max(top[h], inside ? score : kNothing), keep = exp2f(top[h] - higher),
+                w = inside ? exp2f(score - higher) : 0.f;
             top[h] = higher;
             weight[h] = weight[h] * keep + w;
             #pragma unroll
@@ -180,7 +189,8 @@ struct Item {
     int part, split, begin, end;
 
     __device__ __forceinline__ Item(int item, int splits, int length)
-        : part(item / splits), split(item % splits), begin((long long)length * split / splits), end((long long)length * (split + 1) / splits) {}
+        : part(item / splits), split(item % splits), begin((long long)length * split / splits),
+            end((long long)length * (split + 1) / splits) {}
 };
 
 // What the step before has written bears `tag`.

@@ -79,7 +79,9 @@ struct Walk {
         at += units * kUnitWords;
     }
 
-    __device__ __forceinline__ void load(u32 (&w)[kWords], int lane) const { load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2); }
+    __device__ __forceinline__ void load(u32 (&w)[kWords], int lane) const {
+        load_unit(w, at + lane * 4, at + kWords / 4 * 128 + lane * 2);
+    }
 };
 
 __device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }

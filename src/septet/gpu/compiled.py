@@ -189,7 +189,7 @@ def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places:
         queries: query heads of a key-value head.
         places: as in decode.cu.
     """
-    files = "values.cu", "steps.cu", "attention.cu", "token.cu"
+    files = "values.cu", "steps.cu", "sums.cu", "attention.cu", "token.cu"
     macros = {"places": places, "dtype": DTYPES[dtype], "HEAD": head, "QUERIES": queries, "WARPS": TOKEN_WARPS}
     return trellis_source(*files, bits=bits, **macros)
 

@@ -39,7 +39,8 @@ __device__ __forceinline__ void fill_table() {
         const u32 word = (FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF) << (i >> 3 & 1) * (FLOAT ? 16 : 8);
         #pragma unroll
         for (int copy = 0; copy < (kPlaces == 4 ? 4 : 2); copy++)
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i + copy * (1 << 15)), "r"(word << copy / 2 * 16) : "memory");
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i + copy * (1 << 15)),
+                "r"(word << copy / 2 * 16) : "memory");
     }
 }
 
@@ -191,7 +192,8 @@ __device__ __forceinline__ void load_inputs(Inputs& x, const u32* from, int unit
             #pragma unroll
             for (int v = 0; v < kXWords / 4; v++) {
                 uint4 four = make_uint4(0, 0, 0, 0);
-                if (8 * n + (lane >> 2) < tokens) four = *(const uint4*)(from + (size_t)(part * tokens + 8 * n) * units * 4 * kXWords + 4 * v);
+                if (8 * n + (lane >> 2) < tokens)
+                    four = *(const uint4*)(from + (size_t)(part * tokens + 8 * n) * units * 4 * kXWords + 4 * v);
                 u32* to = x[n][part] + 4 * v;
                 to[0] = four.x; to[1] = four.y; to[2] = four.z; to[3] = four.w;
             }
@@ -215,10 +217,12 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords]
                 #pragma unroll
                 for (int n = 0; n < TILES_OF_8; n++)
                     #pragma unroll
-                    for (int part = 0; part < kXParts; part++) multiply(sums.of[n][j], e[0], e[2], e[1], e[3], x[n][part][c], x[n][part][c + 1]);
+                    for (int part = 0; part < kXParts; part++)
+                        multiply(sums.of[n][j], e[0], e[2], e[1], e[3], x[n][part][c], x[n][part][c + 1]);
             }
 #else
-            const u32 e0 = lookup.four(a, 2 * j), e1 = lookup.four(a, 2 * j + 1), e2 = lookup.four(b, 2 * j), e3 = lookup.four(b, 2 * j + 1);
+            const u32 e0 = lookup.four(a, 2 * j), e1 = lookup.four(a, 2 * j + 1), e2 = lookup.four(b, 2 * j),
+                e3 = lookup.four(b, 2 * j + 1);
             #pragma unroll
             for (int n = 0; n < TILES_OF_8; n++) multiply(sums.of[n][j], e0, e1, e2, e3, x[n][0][2 * q], x[n][0][2 * q + 1]);
 #endif
@@ -227,7 +231,8 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords]
 }
 
 // Sums of a segment of inputs, times its scale, onto the sums of the row.
-__device__ __forceinline__ void scale_segment(float (&total)[TILES_OF_8][4][4], Sums& sums, const float* scales, int segment, int segments, int tokens, int lane) {
+__device__ __forceinline__ void scale_segment(float (&total)[TILES_OF_8][4][4], Sums& sums, const float* scales, int segment,
+    int segments, int tokens, int lane) {
     #pragma unroll
     for (int n = 0; n < TILES_OF_8; n++)
         #pragma unroll

@@ -108,8 +108,8 @@ struct Ring {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
-    // By a whole warp; `there` is this ring in the own block (lane 0) or in the other. A release at cluster scope would wait for memory, for a
-    // microsecond, and there is nothing to pass on: the tensor cores have read what they read.
+    // By a whole warp; `there` is this ring in the own block (lane 0) or in the other. A release at cluster scope would wait for memory,
+    // for a microsecond, and there is nothing to pass on: the tensor cores have read what they read.
     __device__ __forceinline__ void release(int slot, u32 there, int lane) const {
         if (lane < 2) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(there + kBarriersAt + 16 * slot + 8) : "memory");
     }
@@ -123,21 +123,25 @@ __device__ __forceinline__ void bring(const DenseArguments& d, const Ring& ring,
         const u32 full = ring.full(turn.slot), stage = ring.stage(turn.slot);
         wait_for(ring.empty(turn.slot), turn.parity);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(kStageBytes) : "memory");
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-            :: "r"(stage + rank * 64 * kStep), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(row + (int)rank * 64), "r"(full), "h"(both)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;"
+            :: "r"(stage + rank * 64 * kStep), "l"(tokens_map), "r"((d.first_step + step) * kStep), "r"(row + (int)rank * 64), "r"(full),
+                "h"(both)
             : "memory");
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
             :: "r"(stage + kTileRows * kStep), "l"(levels_map), "r"(step * kStep), "r"(output), "r"(full) : "memory");
     }
 }
 
-// What a lane has: acc[4 * j + 2 * i + c] is row 16 * (warp % 4) + lane / 4 + 8 * i of its warpgroup's 64, output 8 * j + 2 * (lane % 4) + c.
-// In sums of tokens [at(j, i) + c], i is 0 alone where two rows are a token.
+// What a lane has: acc[4 * j + 2 * i + c] is row 16 * (warp % 4) + lane / 4 + 8 * i of its warpgroup's 64, output 8 * j + 2 * (lane % 4) +
+// c. In sums of tokens [at(j, i) + c], i is 0 alone where two rows are a token.
 struct Place {
     int token, output;   // of the first sum, in the launch
 
     static __device__ __forceinline__ int at(int j, int i) { return 2 * (kLaneTokens * j + i); }
-    __device__ __forceinline__ bool inside(const DenseArguments& d, int i, int j) const { return token + 8 * i < d.tokens && output + 8 * j < d.outputs; }
+    __device__ __forceinline__ bool inside(const DenseArguments& d, int i, int j) const {
+        return token + 8 * i < d.tokens && output + 8 * j < d.outputs;
+    }
 
     template <class T>
     __device__ __forceinline__ void load(const DenseArguments& d, T (&sums)[kSums]) const {
@@ -146,7 +150,8 @@ struct Place {
             #pragma unroll
             for (int i = 0; i < kLaneTokens; i++) {
                 uint2 two = make_uint2(0, 0);
-                if (d.carry_in && inside(d, i, j)) two = *(const uint2*)(d.carry_in + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j);
+                if (d.carry_in && inside(d, i, j))
+                    two = *(const uint2*)(d.carry_in + (size_t)(token + 8 * i) * d.carry_columns + output + 8 * j);
                 *(u32*)&sums[at(j, i)] = two.x;
                 *(u32*)&sums[at(j, i) + 1] = two.y;
             }
@@ -165,7 +170,8 @@ struct Place {
 
     __device__ __forceinline__ void load_scales(const DenseArguments& d, int segment, float (&scale)[kLaneTokens]) const {
         #pragma unroll
-        for (int i = 0; i < kLaneTokens; i++) scale[i] = token + 8 * i < d.tokens ? d.scales[(size_t)(token + 8 * i) * d.scale_columns + segment] : 0.f;
+        for (int i = 0; i < kLaneTokens; i++)
+            scale[i] = token + 8 * i < d.tokens ? d.scales[(size_t)(token + 8 * i) * d.scale_columns + segment] : 0.f;
     }
 };
 
@@ -257,7 +263,8 @@ __device__ __forceinline__ void finish(const DenseArguments& d, const float* sum
         }
     #pragma unroll 1
     for (int row = warp; row < kTileTokens / 2 && token + row < d.tokens; row += kConsumerWarps) {
-        const float4 low = *(const float4*)(sums + row * kPitch + 4 * lane), high = *(const float4*)(sums + row * kPitch + kTileOutputs + 4 * lane);
+        const float4 low = *(const float4*)(sums + row * kPitch + 4 * lane),
+            high = *(const float4*)(sums + row * kPitch + kTileOutputs + 4 * lane);
         const float v[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
         #pragma unroll
         for (int half = 0; half < 2; half++) {

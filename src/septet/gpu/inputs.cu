@@ -1,7 +1,7 @@
 // Inputs of products of many tokens: H_in (s_in * x) for Hadamard blocks of at most 256 and inputs in multiples of 8. Follows values.cu.
 //
-// A block of threads takes a token, a warp 1024 inputs of it at a time: lane 8c + l has inputs 64j + 8l .. 8l+7, j = 0..3, of the c-th 256, so
-// that only strides 8, 16 and 32 leave the lane.
+// A block of threads takes a token, a warp 1024 inputs of it at a time: lane 8c + l has inputs 64j + 8l .. 8l+7, j = 0..3, of the c-th 256,
+// so that only strides 8, 16 and 32 leave the lane.
 //
 // Macro: MODE 0 int8 with a scale per block of 128 or 256, 1 int8 with one per token, 2 int16 with one per 256, as dense.cu wants it.
 
@@ -76,8 +76,8 @@ struct Rounding16 {
     }
 };
 
-// int8 with one scale per token takes two passes, the first of which only looks for the largest magnitude: rotating twice is cheaper than memory
-// for what would have to be kept.
+// int8 with one scale per token takes two passes, the first of which only looks for the largest magnitude: rotating twice is cheaper than
+// memory for what would have to be kept.
 extern "C" __global__ void __launch_bounds__(kInputThreads)
 token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, void* __restrict__ to, float* __restrict__ scales,
              int inputs, int padded, int block, float normal) {

@@ -22,7 +22,8 @@ __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArgument
     return largest_of_chunk(v, SEGMENTED ? l.input_block : kChunk);
 }
 
-__device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token, int chunk, int segments, int lane) {
+__device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token,
+    int chunk, int segments, int lane) {
     const Rounding rounding(top, true);
     const int k = chunk * kChunk + lane * 8;
     if (k >= 64 * l.units) return;
@@ -34,7 +35,8 @@ __device__ __forceinline__ void store_inputs(i8* values, float* scales, const fl
 }
 
 // int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
-__device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count, int segments) {
+__device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count,
+    int segments) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
     const bool by_token = !SEGMENTED;
     #pragma unroll 1
@@ -93,8 +95,8 @@ __device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e,
     }
 }
 
-// Where a lane keeps operands of its stored unit `i`, and how far a word is from the next: the first in the gaps of the table with one place, the
-// second behind the table.
+// Where a lane keeps operands of its stored unit `i`, and how far a word is from the next: the first in the gaps of the table with one
+// place, the second behind the table.
 struct Store {
     u32 at, stride;
 
@@ -103,7 +105,8 @@ struct Store {
 
     __device__ __forceinline__ void put(const Operands& e) const {
         #pragma unroll
-        for (int n = 0; n < 32; n++) asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + n * stride), "r"(e[n / 16][n / 4 % 4][n % 4]) : "memory");
+        for (int n = 0; n < 32; n++)
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + n * stride), "r"(e[n / 16][n / 4 % 4][n % 4]) : "memory");
     }
 
     __device__ __forceinline__ void get(Operands& e) const {
@@ -134,8 +137,8 @@ struct Row {
     Four* to;           // [tokens][64] in shared memory; those of the next row follow
     bool first = true;
 
-    // Adds sums of a segment, times its scale. They are added up in shared memory, since the loop around this needs all registers. Up to two
-    // tokens are columns of every fourth lane's results.
+    // Adds sums of a segment, times its scale. They are added up in shared memory, since the loop around this needs all registers. Up to
+    // two tokens are columns of every fourth lane's results.
     __device__ __forceinline__ void add_segment(const float* scales, int segments, int tokens, int lane) {
         #pragma unroll
         for (int token = 0; token < 2; token++) {
@@ -172,7 +175,9 @@ __device__ __forceinline__ u32 word_at(const u32* p) {
     return word;
 }
 
-__device__ __forceinline__ void put(u32* p, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory"); }
+__device__ __forceinline__ void put(u32* p, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
+}
 
 // The sum of a word of each of `count` slots in order, as soon as they are there.
 __device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
@@ -214,7 +219,8 @@ struct Meeting {
 };
 
 // Sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
-__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Meeting* meetings, const Sum* partial, float* exchange, const float* scales, int& turn) {
+__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Meeting* meetings,
+    const Sum* partial, float* exchange, const float* scales, int& turn) {
     const Piece piece = share.piece(l, index);
     const int thread = threadIdx.x % kChunk, row = thread / 64, o = piece.group * kChunk + thread, units = share.units(l);
     const bool ends = piece.k + piece.length == l.units, inside = ends && o < l.outputs;
@@ -268,12 +274,14 @@ struct Memory {
     float* scales;
 
     __device__ __forceinline__ Memory(const LayerArguments& l, int rows)
-        : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)), exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
+        : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)),
+            exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
           meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
 };
 
 // The first units of a warp, decoded; `w` is then the next.
-__device__ __forceinline__ void store_units(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords], const Lookup& lookup, int lane) {
+__device__ __forceinline__ void store_units(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
+    const Lookup& lookup, int lane) {
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
         u32 next[kWords];
@@ -290,7 +298,8 @@ __device__ __forceinline__ void store_units(const LayerArguments& l, const Share
 }
 
 // The sums of a warp's units.
-__device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords], const Lookup& lookup, const Memory& memory, int lane) {
+__device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords],
+    const Lookup& lookup, const Memory& memory, int lane) {
     const int g = lane >> 2, warp = threadIdx.x >> 5;
     const uint4* inputs = (const uint4*)(memory.values + (g < l.tokens ? g : 0) * 64 * l.units) + (lane & 3);
     const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
@@ -348,7 +357,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
     if (l.values) copy_inputs(memory.values, memory.scales, l, segments);
-    else prepare_inputs(memory.values, memory.scales, (u32*)(memory.scales + l.tokens * segments), l, share.k, min(share.count, l.units), segments);
+    else prepare_inputs(memory.values, memory.scales, (u32*)(memory.scales + l.tokens * segments), l, share.k, min(share.count, l.units),
+        segments);
     __syncthreads();
     multiply_units(l, share, walk, left, w, lookup, memory, lane);
     __syncthreads();
@@ -356,5 +366,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     int turn = 0;
     #pragma unroll 1
     for (int p = pieces - 1 - (int)threadIdx.x / kChunk; p >= 0; p -= 32 * WARPS / kChunk)
-        end_piece(l, share, p, memory.meetings, (const Sum*)memory.partial, memory.exchange + threadIdx.x / kChunk * 2 * kChunk, memory.scales, turn);
+        end_piece(l, share, p, memory.meetings, (const Sum*)memory.partial, memory.exchange + threadIdx.x / kChunk * 2 * kChunk,
+            memory.scales, turn);
 }

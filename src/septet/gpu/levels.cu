@@ -1,6 +1,7 @@
 // Levels of trellis weights as plain matrices, for products of many tokens. Follows decode.cu.
 //
-// Rows [0, rows * 64) and the inputs of `count` units from `first_unit` on, of a matrix with `units` units a row: int8 [rows * 64][count * 64].
+// Rows [0, rows * 64) and the inputs of `count` units from `first_unit` on, of a matrix with `units` units a row: int8 [rows * 64][count *
+// 64].
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int units, int first_unit, int count, u32 one) {
@@ -25,7 +26,8 @@ levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int un
         chunks(w + BITS, lane, c, d);
         uint4* row = to + (((size_t)(at / count) * 64 + 8 * g) * count + at % count) * 4 + t;
         #pragma unroll
-        for (int o = 0; o < 8; o++) row[(size_t)o * count * 4] = make_uint4(lookup.four(a, o), lookup.four(b, o), lookup.four(c, o), lookup.four(d, o));
+        for (int o = 0; o < 8; o++)
+            row[(size_t)o * count * 4] = make_uint4(lookup.four(a, o), lookup.four(b, o), lookup.four(c, o), lookup.four(d, o));
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
     }

@@ -39,7 +39,8 @@ product(const u32* __restrict__ weights, const u32* __restrict__ inputs, const f
             load_inputs(next_x, x_at, units, tokens, lane);
         }
         multiply_unit(sums, w, x, lookup, lane);
-        if (segmented && (last || (unit + 1 & segment_mask) == 0)) scale_segment(total, sums, scales, unit >> segment_shift, segments, tokens, lane);
+        if (segmented && (last || (unit + 1 & segment_mask) == 0))
+            scale_segment(total, sums, scales, unit >> segment_shift, segments, tokens, lane);
         if (last) {
             u32* slot = slots + (size_t)(worker + row) * tokens * 64;
             if (segmented) {
