@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 PYTHON_FILES = sorted(path for folder in ("src", "tests", "tools", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 PACKAGE_FILES = [path for path in PYTHON_FILES if path.is_relative_to(ROOT / "src")]
 NATIVE_SUFFIXES = {".cpp", ".h", ".f90", ".cu"}
-NATIVE_FILES = sorted(path for folder in ("native", "include", "src") for path in (ROOT / folder).rglob("*") if path.suffix in NATIVE_SUFFIXES)
+NATIVE_FILES = sorted(
+    path for folder in ("native", "include", "src") for path in (ROOT / folder).rglob("*") if path.suffix in NATIVE_SUFFIXES
+)
 
 PYTHON_FILE_LINES = 300
 NATIVE_FILE_LINES = 400
