@@ -190,7 +190,7 @@ struct Item {
 
     __device__ __forceinline__ Item(int item, int splits, int length)
         : part(item / splits), split(item % splits), begin((long long)length * split / splits),
-            end((long long)length * (split + 1) / splits) {}
+          end((long long)length * (split + 1) / splits) {}
 };
 
 // What the step before has written bears `tag`.

@@ -275,7 +275,7 @@ struct Memory {
 
     __device__ __forceinline__ Memory(const LayerArguments& l, int rows)
         : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)),
-            exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
+          exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
           meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
 };
 
@@ -357,8 +357,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
     if (l.values) copy_inputs(memory.values, memory.scales, l, segments);
-    else prepare_inputs(memory.values, memory.scales, (u32*)(memory.scales + l.tokens * segments), l, share.k, min(share.count, l.units),
-        segments);
+    else {
+        u32* const tops = (u32*)(memory.scales + l.tokens * segments);
+        prepare_inputs(memory.values, memory.scales, tops, l, share.k, min(share.count, l.units), segments);
+    }
     __syncthreads();
     multiply_units(l, share, walk, left, w, lookup, memory, lane);
     __syncthreads();
