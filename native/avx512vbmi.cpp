@@ -143,7 +143,7 @@ template <class Decoder, int rows>
         for (int64_t t = first; t < last; t++, at += bytes, input += kTileInputs) {
             const __m512i four = broadcast_four(input);
             repeat<rows>([&](auto row) {
-                prefetch_tile_twice(at + row * stride);
+                prefetch_tile_twice(at + row * stride, (w.tiles - t) * bytes, (rows - 1) * stride);
                 const Tile<Decoder::bits> tile(at + row * stride);
                 repeat<kSteps>([&](auto step) { sum[row][step] = _mm512_dpbusd_epi32(sum[row][step], decoder.decode(tile, step), four); });
             });

@@ -49,12 +49,16 @@ inline void prefetch_tile(const uint8_t* tile) {
     prefetch_ahead(tile + line);
 }
 
-// The same in two steps: far ahead into an outer cache, and nearer into the first one.
-inline void prefetch_tile_twice(const uint8_t* tile) {
-    constexpr int line = 64, near = 1024, far = 4096;
+// The same in two steps: far ahead into an outer cache, and nearer into the first one. Where the row of tiles ends before that, what is
+// read next lies `skip` bytes further: beside this row, others are read at the same time.
+constexpr int kNear = 1024, kFar = 4096;
+inline void prefetch_tile_twice(const uint8_t* tile, int64_t left, int64_t skip) {
+    constexpr int line = 64;
+    const uint8_t* near = tile + kNear + (left > kNear ? 0 : skip);
+    const uint8_t* far = tile + kFar + (left > kFar ? 0 : skip);
     for (int part = 0; part < 2; part++) {
-        __builtin_prefetch(tile + part * line + near);
-        __builtin_prefetch(tile + part * line + far, 0, 2);
+        __builtin_prefetch(near + part * line);
+        __builtin_prefetch(far + part * line, 0, 2);
     }
 }
 
