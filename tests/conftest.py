@@ -27,18 +27,30 @@ def covered_backends() -> list[str]:
     return sorted([*names, *(variant for name in names for variant in variants(name)), *working_frameworks()])
 
 
+#: What tests need besides septet's backends, in the words of tools/expected_backends.py: name -> module.
+FRAMEWORKS = {"torch": "torch", "transformers": "transformers", "triton": "triton", "llama-cpp": "llama_cpp"}
+GPUS = ("cuda", "two-gpus", "hopper")
+
+
 def working_frameworks() -> list[str]:
-    """`torch`, `transformers` and `cuda`, as far as they work here: tests that need them are skipped without."""
+    """FRAMEWORKS and GPUS, as far as they work here: tests that need them are skipped without."""
     found = []
-    for name in ("torch", "transformers"):
+    for name, module in FRAMEWORKS.items():
         try:
-            module = importlib.import_module(name)
+            importlib.import_module(module)
         except ImportError:
             continue
         found.append(name)
-        if name == "torch" and module.cuda.is_available():
-            found.append("cuda")
-    return found
+    return [*found, *(working_gpus() if "torch" in found else ())]
+
+
+def working_gpus() -> list[str]:
+    """Those of GPUS that torch can use here."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = list(GPUS[: min(count, 2)])
+    return [*found, "hopper"] if found and torch.cuda.get_device_capability() == (9, 0) else found
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -59,7 +71,10 @@ def pytest_report_header() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name it again where a reader looks."""
-    terminalreporter.write_line(f"septet backends covered: {', '.join(covered_backends())}")
+    covered = covered_backends()
+    terminalreporter.write_line(f"septet backends covered: {', '.join(covered)}")
+    absent = [name for name in (*FRAMEWORKS, *GPUS) if name not in covered]
+    terminalreporter.write_line(f"not here, so their tests are skipped: {', '.join(absent) or 'nothing'}")
 
 
 def backend_choices() -> list[str]:

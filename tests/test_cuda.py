@@ -213,7 +213,9 @@ def test_embedding(dtype, rng) -> None:
     assert outside[:2].isnan().all() and not outside[2].isnan().any()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus where a machine has them"
+)
 @pytest.mark.parametrize("name", ["7", "7, blocks", "int8", "split"])
 def test_a_layer_runs_on_the_gpu_that_it_is_on(name, rng) -> None:
     """Though another one is current."""

@@ -99,7 +99,9 @@ def test_text_is_that_of_transformers(sampling) -> None:
         assert list(generate.generate_tokens(engine, PROMPT, sampling)) == wanted
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus where a machine has them"
+)
 def test_the_second_gpu_writes_the_text_of_the_first() -> None:
     texts = [
         list(generate.generate_tokens(GpuEngine(packed_model("llama").to(device)), PROMPT, Sampling(40))) for device in ("cuda:0", "cuda:1")

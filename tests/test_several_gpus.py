@@ -51,7 +51,7 @@ def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path) -> None:
         assert np.array_equal(found[group].inputs, known.inputs) and np.array_equal(found[group].drift, known.drift), group
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; above, processors stand in for them")
 def test_two_gpus_write_the_bytes_of_one() -> None:
     inputs, outputs = 576, [2048, 1024]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
@@ -73,13 +73,13 @@ def test_a_list_of_gpus_names_each_once() -> None:
     assert machine_of(0, "cpu").devices == ("cpu",)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; below, its kernels are compiled without")
 def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
     """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
     from septet.quantize_gpu import clusters, kernels
 
     if not clusters.fits(0):
-        pytest.skip("needs compute capability 9")
+        pytest.skip("needs a GPU of compute capability 9, which has clusters; below, its kernels are compiled without")
     rng, inputs, rows = np.random.default_rng(5), 4 * feedback.BATCH_STEPS * 2 + 10, (1024, 64, 100, 200)
     factor = linear_algebra.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
     others = [linear_algebra.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]

@@ -1,11 +1,13 @@
 """Print the backends and instruction sets that must work on this machine, for SEPTET_EXPECT_BACKENDS.
 
 The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. torch and
-transformers are always expected, because `make test` installs them, and cuda where torch is built for it and the machine has a GPU.
+transformers are always expected, because `make test` installs them, cuda, two-gpus and hopper where torch is built for CUDA and the machine
+has such GPUs, and the packages of OPTIONAL where they are installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -41,14 +43,29 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+#: Packages without which tests are skipped: name of the backend -> module.
+OPTIONAL = {"triton": "triton", "llama-cpp": "llama_cpp"}
+
+
 def gpu_backends() -> list[str]:
-    """`cuda` where there is a GPU of NVIDIA's and the installed torch is built for it."""
+    """`cuda`, `two-gpus` and `hopper`, as far as the machine has such GPUs of NVIDIA's and the installed torch is built for them."""
     import torch
 
-    return ["cuda"] if torch.version.cuda and any(Path("/dev").glob("nvidia[0-9]*")) else []
+    count = len(list(Path("/dev").glob("nvidia[0-9]*"))) if torch.version.cuda else 0
+    found = ["cuda", "two-gpus"][: min(count, 2)]
+    return [*found, "hopper"] if found and torch.cuda.get_device_capability() == (9, 0) else found
+
+
+def optional_backends() -> list[str]:
+    """Those of OPTIONAL that are installed."""
+    return [name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)]
 
 
 if __name__ == "__main__":
     flags = cpu_flags()
     sets = [name for name, needed in REQUIRED_FLAGS.items() if needed <= flags]
-    print(",".join(["reference", "native", "scalar", *sets, *fortran_backends(), "torch", "transformers", *gpu_backends()]))
+    print(
+        ",".join(
+            ["reference", "native", "scalar", *sets, *fortran_backends(), "torch", "transformers", *gpu_backends(), *optional_backends()]
+        )
+    )
