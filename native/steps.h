@@ -51,11 +51,10 @@ inline void prefetch_tile(const uint8_t* tile) {
 
 // The same in two steps: far ahead into an outer cache, and nearer into the first one. Where the row of tiles ends before that, what is
 // read next lies `skip` bytes further: beside this row, others are read at the same time.
-constexpr int kNear = 1024, kFar = 4096;
 inline void prefetch_tile_twice(const uint8_t* tile, int64_t left, int64_t skip) {
-    constexpr int line = 64;
-    const uint8_t* near = tile + kNear + (left > kNear ? 0 : skip);
-    const uint8_t* far = tile + kFar + (left > kFar ? 0 : skip);
+    constexpr int line = 64, to_near = 1024, to_far = 4096;
+    const uint8_t* near = tile + to_near + (left > to_near ? 0 : skip);
+    const uint8_t* far = tile + to_far + (left > to_far ? 0 : skip);
     for (int part = 0; part < 2; part++) {
         __builtin_prefetch(near + part * line);
         __builtin_prefetch(far + part * line, 0, 2);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
@@ -116,6 +117,7 @@ def product(
     return slots, workers
 
 
+@cache
 def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int] | None:
     """How `whole_layer` runs: kind and blocks of threads. None where shared memory is too small."""
     units, rows = units_of(inputs), -(-outputs // 64)
@@ -180,7 +182,7 @@ def whole_layer(
     kind, blocks_of_threads = _plan(tokens, inputs, outputs, device)
     values = activation_scales = None
     if segment is None and tokens * inputs > _OWN_INPUTS:
-        values, activation_scales = rotate(x, scales[0], blocks[0], segment is not None, "int8")
+        values, activation_scales = rotate(x, scales[0], blocks[0], False, "int8")
     elif x.data_ptr() % 16:
         x = x.clone()
     y = x.new_empty((tokens, outputs))

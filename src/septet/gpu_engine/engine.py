@@ -7,6 +7,7 @@ greedy text needs the processor only to hand out tokens. Other draws happen on t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ class GpuEngine:
         if model.device.type != "cuda":
             raise UnsupportedModelError("for decoding on the GPU, the model must be on one", model.device, "move it: model.cuda()")
         # refuses other families, whose configs may lack what follows
-        read_sizes(model, length)
+        self._sizes = read_sizes(model, length)
         self.model = model
         self.context: int = model.config.max_position_embeddings
         self._token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
@@ -147,7 +148,7 @@ class GpuEngine:
     def _make(self, length: int) -> None:
         """The kernel with a cache for texts of `length` tokens, and its graph."""
         with torch.cuda.device(self.model.device):
-            sizes = read_sizes(self.model, length)
+            sizes = replace(self._sizes, length=length)
             blocks = read_blocks(self.model, sizes)
             self.kernel = TokenKernel(blocks, sizes, self.model.model.norm.weight, read_rotary(self.model, length))
             # the graph knows addresses only, of what an operator made of a packed head, too
