@@ -164,7 +164,7 @@ def measure(name: str, k: int, n: int, tokens: int, energy: bool = False) -> dic
 def main() -> None:
     """Check, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 8, 16, 512, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 512, 2048])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     check()
@@ -173,7 +173,7 @@ def main() -> None:
     machine |= {"python": platform.python_version(), "commit": commit, "command": " ".join(["python", *sys.argv])}
     rows = []
     for tokens in options.tokens:
-        for k, n in SHAPES if tokens <= 16 else SHAPES[2:]:
+        for k, n in SHAPES if tokens <= 64 else SHAPES[2:]:
             baseline = None
             for name in CONTENDERS:
                 row = measure(name, k, n, tokens)

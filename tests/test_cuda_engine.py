@@ -16,9 +16,9 @@ from septet.errors import UnsupportedModelError  # noqa: E402
 from septet.gpu_engine import GpuEngine  # noqa: E402
 
 PROMPT = [5, 17, 200, 3, 42, 9, 77]
-#: Of the logits' norm. Half of the steps must be within the first bound; in the others a float rounding of another order turns an
-#: int8 input by one, which these random models amplify up to the second.
-HALF_BOUND, BOUND = 2e-6, 5e-2
+#: Of the logits' norm. Half of the steps must be within the first bound (measured: 4e-7); in the others a float rounding of another order
+#: turns an int8 input by one, which these random models amplify up to the second (measured: 2.1e-2).
+HALF_BOUND, BOUND = 1e-6, 3e-2
 
 
 def errors(ours: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

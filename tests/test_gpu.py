@@ -77,7 +77,8 @@ def test_cuda_kernels_compile(architecture) -> None:
     sources = [
         compiled.layer_source(7, torch.bfloat16, compiled.LARGE, segmented=True) + same_layout("LayerArguments", compiled.LayerArguments),
         compiled.layer_source(6, torch.float32, compiled.SMALL, segmented=False),
-        compiled.trellis_source("product.cu", bits=6, many=True),
+        compiled.trellis_source("product.cu", bits=6, tokens=16),
+        compiled.trellis_source("product.cu", bits=7, tokens=32),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
         compiled.source_of("values.cu", "launch.cu", "activations.cu", E=2, DTYPE=1),
         compiled.trellis_source("levels.cu", bits=7),
@@ -96,7 +97,7 @@ def test_hopper_kernels_compile(mode) -> None:
         assert driver.compile_source(source, (f"--gpu-architecture=sm_{architecture}", "--std=c++17"))[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("tokens", [49, 512, 2048])
+@pytest.mark.parametrize("tokens", [65, 512, 2048])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 8), (4096, 11008), (8192, 28672), (28672, 8192)])
 def test_slabs_cover_a_matrix_and_are_bounded(inputs, outputs, tokens) -> None:
     for quantum in (128, 256):

@@ -32,12 +32,13 @@ __all__ = [
     "levels_kernel",
     "options_of",
     "product_kernel",
+    "product_tokens",
+    "product_warps",
     "processors_of",
     "source_of",
     "token_kernel",
     "token_source",
     "trellis_source",
-    "warps_of",
     "workers_of",
 ]
 
@@ -53,8 +54,8 @@ INPUT_BYTES = 63 << 10
 WARPS = 16
 #: The same of token.cu, with 168 registers: with 128, what it prefetches would go through memory.
 TOKEN_WARPS = 12
-#: The same of `product` for more than eight tokens, with 168 registers.
-_WARPS_OF_MANY = 12
+#: The same of `product` for so many tokens at most, with 128, 168 and 255 registers.
+_PRODUCT_WARPS = {8: WARPS, 16: 12, 32: 8}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
@@ -107,9 +108,14 @@ _PARAMETERS = {
 }
 
 
-def warps_of(many: bool) -> int:
-    """Warps of a block of `product`, for at most eight tokens or for more."""
-    return _WARPS_OF_MANY if many else WARPS
+def product_tokens(tokens: int) -> int:
+    """The most tokens, 8, 16 or 32, of the variant of `product` that takes so many."""
+    return next(most for most in _PRODUCT_WARPS if tokens <= most)
+
+
+def product_warps(tokens: int) -> int:
+    """Warps of a block of `product`, for one of its numbers of tokens."""
+    return _PRODUCT_WARPS[tokens]
 
 
 def source_of(*files: str, **macros: object) -> str:
@@ -123,10 +129,10 @@ def source_of(*files: str, **macros: object) -> str:
     return "\n".join([*lines, *((Path(__file__).parent / file).read_text() for file in files)])
 
 
-def trellis_source(*files: str, bits: int, is_float: bool = False, many: bool = False, places: int = 4, dtype: int = 0, **more: int) -> str:
+def trellis_source(*files: str, bits: int, is_float: bool = False, tokens: int = 8, places: int = 4, dtype: int = 0, **more: int) -> str:
     """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
-    macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": 1 + many, "WARPS": warps_of(many), "PLACES": places}
+    macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": tokens // 8, "WARPS": product_warps(tokens), "PLACES": places}
     macros |= {"TABLE_AT": _TABLE_AT}
     return source_of("launch.cu", "decode.cu", *files, **(macros | more))
 
@@ -156,12 +162,12 @@ def fits(device: int) -> bool:
 
 
 @cache
-def product_kernel(device: int, name: str, bits: int, is_float: bool, many: bool) -> Kernel:
-    """A kernel of product.cu, for float or int8 activations of at most eight tokens or of more."""
+def product_kernel(device: int, bits: int, is_float: bool, tokens: int) -> Kernel:
+    """The kernel of product.cu, for float or int8 activations of at most 8, 16 or, int8 alone, 32 tokens."""
     places = 2 if is_float else _places(device)
-    source = trellis_source("product.cu", bits=bits, is_float=is_float, many=many, places=places)
+    source = trellis_source("product.cu", bits=bits, is_float=is_float, tokens=tokens, places=places)
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
-    return load_kernel(compile_source(source, options_of(device)), name, _PARAMETERS[name], 32 * warps_of(many), shared)
+    return load_kernel(compile_source(source, options_of(device)), "product", _PARAMETERS["product"], 32 * product_warps(tokens), shared)
 
 
 def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool, places: int = 4) -> str:
@@ -224,6 +230,6 @@ def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> 
     return load_kernel(compile_source(source, options_of(device)), name, _PARAMETERS[name], THREADS)
 
 
-def workers_of(device: int, units: int, many: bool = False) -> int:
+def workers_of(device: int, units: int, warps: int = WARPS) -> int:
     """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
-    return min(processors_of(device) * warps_of(many), units)
+    return min(processors_of(device) * warps, units)

@@ -8,7 +8,7 @@
 //
 // Where shared memory is too small for four tables (PLACES 2 or 1), two pairs or all four are joined after all.
 //
-// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2, WARPS, PLACES 1|2|4, TABLE_AT.
+// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2|4, WARPS, PLACES 1|2|4, TABLE_AT.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

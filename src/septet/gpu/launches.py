@@ -8,13 +8,24 @@ from functools import cache
 import torch
 
 from septet.gpu import compiled
-from septet.gpu.compiled import THREADS, LayerKind, activation_kernel, layer_kernel, product_kernel, warps_of, workers_of
+from septet.gpu.compiled import THREADS, LayerKind, activation_kernel, layer_kernel, product_kernel, workers_of
 from septet.gpu.layout import UNIT_INPUTS, units_of
 
-__all__ = ["LARGEST_BLOCK", "MOST_TOKENS", "embed", "empty_slots", "finish", "product", "rotate", "takes_whole_layer", "whole_layer"]
+__all__ = [
+    "LARGEST_BLOCK",
+    "MOST_FLOAT_TOKENS",
+    "MOST_TOKENS",
+    "embed",
+    "empty_slots",
+    "finish",
+    "product",
+    "rotate",
+    "takes_whole_layer",
+    "whole_layer",
+]
 
-#: Tokens of one `product`.
-MOST_TOKENS = 16
+#: Tokens of one `product`, with int8 and with float activations.
+MOST_TOKENS, MOST_FLOAT_TOKENS = 32, 16
 #: Hadamard blocks up to this size are rotated by a block of threads.
 LARGEST_BLOCK = 2048
 #: Hadamard blocks up to this size, in sizes of multiples of eight, are rotated by a warp.
@@ -98,7 +109,7 @@ def product(
         arranged: from `layout.arrange`.
         bits: bits per pair.
         rows: of 64 outputs.
-        values: int8 [M, P] or float16 [2, M, P] from `rotate`, M at most 16.
+        values: int8 [M, P], M at most 32, or float16 [2, M, P], M at most 16, from `rotate`.
         scales: float32 [M, segments].
         segment: inputs that share a scale, 64 * 2^n; None for one per token, which is left to `finish`.
 
@@ -108,12 +119,13 @@ def product(
     is_float = values.dtype == torch.float16
     tokens, padded = values.shape[-2:]
     units, device = padded // UNIT_INPUTS, values.device.index
-    many = tokens > 8
-    kernel, workers = product_kernel(device, "product", bits, is_float, many), workers_of(device, rows * units, many)
+    most = compiled.product_tokens(tokens)
+    kernel, warps = product_kernel(device, bits, is_float, most), compiled.product_warps(most)
+    workers = workers_of(device, rows * units, warps)
     dtype = torch.float32 if is_float or segment else torch.int32
     slots = values.new_empty((workers + rows, tokens, 64), dtype=dtype)
     pointers = arranged.data_ptr(), values.data_ptr(), scales.data_ptr(), slots.data_ptr()
-    kernel.launch((-(-workers // warps_of(many)), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
+    kernel.launch((-(-workers // warps), 1), _stream(device), *pointers, rows, units, tokens, workers, _shift(segment), 1)
     return slots, workers
 
 

@@ -1,6 +1,6 @@
 """Whole layers on a GPU: which kernels run for which layer and how many tokens.
 
-A few tokens of a trellis layer go through the fused kernels of product.cu, 16 at a time; many through its decoded levels and a dense
+A few tokens of a trellis layer go through the fused kernels of product.cu, 32 at a time; many through its decoded levels and a dense
 product on the tensor cores. What these do not take (code split, tiny or huge Hadamard blocks, no NVRTC) runs in `portable`.
 """
 
@@ -21,8 +21,8 @@ __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepar
 
 #: SEPTET_GPU=triton leaves the CUDA kernels aside.
 GPU_VARIABLE = "SEPTET_GPU"
-#: Up to here tokens go through `launches.product`, in steps of 16; measured on an H100.
-FEW_TOKENS = 48
+#: Up to here tokens go through `launches.product`, with int8 and with float activations; measured on an H100.
+FEW_TOKENS, FEW_FLOAT_TOKENS = 64, 48
 #: Tokens of a launch, whose blocks along y they are: at most 65535 of them, and a power of two keeps parts of a tensor aligned.
 _LAUNCH_TOKENS = 1 << 15
 #: Levels of many tokens' products are decoded in pieces of at most so many bytes.
@@ -127,11 +127,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str
         return _portable(x, weight.contiguous(), layer, activations)
     if len(x) > _LAUNCH_TOKENS:
         return torch.cat([linear(part, weight, layer, activations) for part in x.split(_LAUNCH_TOKENS)])
-    if len(x) > FEW_TOKENS:
+    is_float = activations == "float"
+    if len(x) > (FEW_FLOAT_TOKENS if is_float else FEW_TOKENS):
         if many.takes(layer, x, activations):
             return many.linear(x, layer, activations)
         return _many_tokens(x, layer, activations)
-    parts = [_few_tokens(part, layer, activations) for part in x.split(launches.MOST_TOKENS)]
+    most = launches.MOST_FLOAT_TOKENS if is_float else launches.MOST_TOKENS
+    parts = [_few_tokens(part, layer, activations) for part in x.split(most)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
