@@ -3,18 +3,14 @@
 // A step is 32 pairs, 16 outputs. vpermb hands each 64-bit lane the bytes of 4 windows, vpmultishiftqb cuts the windows out, two 16-bit multiplications
 // hash them, vpermi2b looks up both levels of each pair in a table of two registers (it ignores the eighth index bit), and vpdpbusd sums the four inputs
 // of an output. The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
-#include "avx512_steps.h"
+#include "avx512_strands.h"
 #include "model_steps.h"
-#include "tables.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
 namespace {
 
-constexpr int kBias = 128, kSteps = 4, kWindowsPerLane = 4;
-
-struct alignas(64) Bytes { uint8_t at[64]; };
-inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
+constexpr int kSteps = 4, kWindowsPerLane = 4;
 
 // A tile in registers. Every step finds its bytes in one of them; all loads stay inside the tile.
 template <int bits>
@@ -55,26 +51,17 @@ constexpr Bytes shifts(int first, int second) {
 template <int bits>
 constexpr Bytes kGather[kSteps] = {gather<bits>(0), gather<bits>(1), gather<bits>(2), gather<bits>(3)};
 
-constexpr Bytes biased_half(int bits, int half) {
-    Bytes levels{};
-    for (int i = 0; i < 64; i++) levels.at[i] = static_cast<uint8_t>(kTrellisTables[bits - 6].levels[64 * half + i] + kBias);
-    return levels;
-}
-
 template <int width>
 struct TrellisDecoder {
     static constexpr int bits = width;
-    static constexpr Bytes kShift = shifts<bits>(0, 8), kLow = biased_half(bits, 0), kHigh = biased_half(bits, 1);
-    static constexpr uint32_t kMultiplier = kTrellisTables[bits - 6].multiplier;
+    static constexpr Bytes kShift = shifts<bits>(0, 8);
     const __m512i index[kSteps] = {load(kGather<bits>[0]), load(kGather<bits>[1]), load(kGather<bits>[2]), load(kGather<bits>[3])};
-    const __m512i shift = load(kShift), low = load(kLow), high = load(kHigh);
-    const __m512i c_low = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier & 0xFFFF)), c_high = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier >> 16));
+    const __m512i shift = load(kShift);
+    const LevelTable<bits> table;
 
     // Levels + 128 of 16 outputs.
     __m512i decode(const Tile<bits>& tile, int step) const {
-        const __m512i window = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(index[step], tile.source(step)));
-        const __m512i hash = _mm512_add_epi16(_mm512_mulhi_epu16(window, c_low), _mm512_mullo_epi16(window, c_high));
-        return _mm512_permutex2var_epi8(low, hash, high);
+        return table.levels(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(index[step], tile.source(step))));
     }
 };
 
@@ -98,8 +85,6 @@ void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
         for (int step = 0; step < kSteps; step++) _mm512_storeu_si512(decoded + 64 * step, decoder.decode(tile, step));
     }
 }
-
-constexpr int kFusedRows = 4;
 
 template <class Decoder>
 [[gnu::flatten]] void packed_product(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
@@ -220,9 +205,12 @@ struct BiasedDot {
 
 const KernelTable kAvx512VbmiKernels = {
     "avx512vbmi", kBias, kFusedRows,
-    {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>},
-    {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
-    {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>},
+    {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>,
+     decode_strands<6>, decode_strands<7>, decode_strands<8>},
+    {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>,
+     packed_strands<6>, packed_strands<7>, packed_strands<8>},
+    {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>,
+     strands_product<6>, strands_product<7>, strands_product<8>},
     add_decoded,
     decoded_product, row_product_with<BiasedDot>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

@@ -43,7 +43,8 @@ const char* avx512_obstacle() {
 
 const char* avx512vbmi_obstacle() {
     if (*avx512_obstacle()) return avx512_obstacle();
-    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") ? "" : "this processor lacks AVX-512 VBMI or VNNI";
+    const bool supported = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+    return supported ? "" : "this processor lacks AVX-512 VBMI, VBMI2 or VNNI";
 }
 
 #if defined(SEPTET_AVX_VNNI)

@@ -19,7 +19,7 @@ REQUIRED_FLAGS = {
     "avx2": AVX2,
     "avxvnni": AVX2 | {"avx_vnni", "gfni"},
     "avx512": AVX512,
-    "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vnni"},
+    "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"},
     "neon": {"asimd"},
     "neon-dotprod": DOTPROD,
     "neon-i8mm": DOTPROD | {"i8mm"},

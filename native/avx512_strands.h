@@ -1,0 +1,209 @@
+// Products with weights arranged for AVX-512, four tiles side by side: no window needs a permutation, so 64 weights take eight micro-operations.
+//
+// A strand is an eighth of a tile's stream: 16 pairs, 8 outputs. A group of four tiles is `bits` registers of 16-bit words: register i holds word i of all 32
+// strands (arrange.h), so the windows of a step are one shift of two registers that lie one after the other in memory. Step q decodes pair q of every strand,
+// which is output 8*k + q/2 and inputs 2*(q%2) and the next of each tile, and a 32-bit lane sums them over two tiles.
+// Included by avx512vbmi.cpp.
+#pragma once
+#include "avx512_steps.h"
+#include "tables.h"
+
+namespace septet {
+namespace {
+
+constexpr int kBias = 128, kFusedRows = 4, kPairsOfStrand = 16, kGroupInputs = kGroupTiles * kTileInputs;
+
+struct alignas(64) Bytes { uint8_t at[64]; };
+inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
+
+constexpr Bytes biased_half(int bits, int half) {
+    Bytes levels{};
+    for (int i = 0; i < 64; i++) levels.at[i] = static_cast<uint8_t>(kTrellisTables[bits - 6].levels[64 * half + i] + kBias);
+    return levels;
+}
+
+template <int bits>
+struct LevelTable {
+    static constexpr Bytes kLow = biased_half(bits, 0), kHigh = biased_half(bits, 1);
+    static constexpr uint32_t kMultiplier = kTrellisTables[bits - 6].multiplier;
+    const __m512i low = load(kLow), high = load(kHigh);
+    const __m512i c_low = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier & 0xFFFF)), c_high = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier >> 16));
+
+    // Levels + 128 of 32 pairs.
+    __m512i levels(__m512i window) const {
+        const __m512i hash = _mm512_add_epi16(_mm512_mulhi_epu16(window, c_low), _mm512_mullo_epi16(window, c_high));
+        return _mm512_permutex2var_epi8(low, hash, high);
+    }
+};
+
+// In every 128-bit lane by itself: v[i] becomes the 32-bit lanes i of the four.
+inline void transpose_dwords(__m512i* v) {
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi64(a, c);
+    v[1] = _mm512_unpackhi_epi64(a, c);
+    v[2] = _mm512_unpacklo_epi64(b, d);
+    v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// 128-bit lanes of a and b in turns: those of the lower half, or of the upper one.
+template <bool upper>
+__m512i in_turns(__m512i a, __m512i b) {
+    constexpr int i = upper ? 4 : 0;
+    return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(i, i + 1, i + 8, i + 9, i + 2, i + 3, i + 10, i + 11), b);
+}
+
+// The inputs of a group as a step meets them: of even steps the first two of each tile (part 0), of odd steps the last two.
+template <int part>
+__m512i input_pairs(const int8_t* x) {
+    constexpr int i = 2 * part;
+    const __m128i index = _mm_setr_epi8(i, i + 1, i + 4, i + 5, i, i + 1, i + 4, i + 5, i + 8, i + 9, i + 12, i + 13, i + 8, i + 9, i + 12, i + 13);
+    const __m512i inputs = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm512_shuffle_epi8(inputs, _mm512_broadcast_i32x4(index));
+}
+
+// Asks memory ahead; where the row ends before that, what is read next lies `skip` bytes further.
+template <int bits>
+inline void prefetch_group(const uint8_t* group, int64_t left, int64_t skip) {
+    constexpr int line = 64, ahead = 2048;
+    group += ahead + (left > ahead ? 0 : skip);
+    for (int i = 0; i < bits; i++) __builtin_prefetch(group + i * line);
+}
+
+template <int bits>
+struct Strands {
+    __m512i word[bits + 1];
+
+    explicit Strands(const uint8_t* group) {
+        repeat<bits>([&](auto i) { word[i] = _mm512_loadu_si512(group + 64 * i); });
+        // A strand goes on where the next one begins, and the last where the first does: 0 to 3 lie in 128-bit lanes of their own, 4 to 7 beside them.
+        word[bits] = _mm512_permutexvar_epi32(_mm512_setr_epi32(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 1, 0, 3, 2), word[0]);
+    }
+    template <int step>
+    __m512i window() const {
+        constexpr int first = step * bits / 16, shift = step * bits % 16;
+        return shift == 0 ? word[first] : _mm512_shrdi_epi16(word[first], word[first + 1], shift);
+    }
+};
+
+// Sums of outputs m and m + 4 of every strand, each in two 32-bit lanes, become one register: see in_order.
+inline __m512i join_sums(__m512i m, __m512i m_plus_4) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(m, m_plus_4), _mm512_unpackhi_epi64(m, m_plus_4));
+}
+
+// Joined sums of m = 0 .. 3, or floats made of them, become those of outputs 0 .. 63 in order.
+inline void in_order(__m512i* v) {
+    transpose_dwords(v);
+    const __m512i low[2] = {in_turns<false>(v[0], v[2]), in_turns<true>(v[0], v[2])}, high[2] = {in_turns<false>(v[1], v[3]), in_turns<true>(v[1], v[3])};
+    v[0] = low[0];
+    v[1] = low[1];
+    v[2] = high[0];
+    v[3] = high[1];
+}
+
+// Two steps are all inputs of an output. Each of the four stages puts together what lies further apart: inputs, neighbouring outputs twice, halves of a strand.
+template <int bits>
+[[gnu::flatten]] void decode_strands(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
+    const LevelTable<bits> table;
+    for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), decoded += kGroupTiles * kTileWeights) {
+        const Strands<bits> strands(packed);
+        __m512i half[2][2][4];  // [first or last four outputs of a strand][first or last two tiles]
+        repeat<2, 4>([&](auto i, auto m) {
+            constexpr int step = 8 * i + 2 * m;
+            const __m512i first = table.levels(strands.template window<step>()), last = table.levels(strands.template window<step + 1>());
+            half[i][0][m] = _mm512_unpacklo_epi16(first, last);
+            half[i][1][m] = _mm512_unpackhi_epi16(first, last);
+        });
+        repeat<2, 2>([&](auto i, auto tile_pair) { transpose_dwords(half[i][tile_pair]); });
+        repeat<kGroupTiles, 2>([&](auto tile, auto quarter) {
+            const __m512i a = half[0][tile / 2][tile % 2 + 2 * quarter], b = half[1][tile / 2][tile % 2 + 2 * quarter];
+            uint8_t* to = decoded + kTileWeights * tile + kTileWeights / 2 * quarter;
+            _mm512_storeu_si512(to, in_turns<false>(a, b));
+            _mm512_storeu_si512(to + 64, in_turns<true>(a, b));
+        });
+    }
+}
+
+// joined[r][i], i = first .. first + count - 1: over all groups, the sums of outputs i and i + 4 of the strands for `rows` rows of activations.
+template <int bits, int rows, int first, int count>
+[[gnu::flatten]] inline void add_groups(const uint8_t* packed, int64_t tiles, const int8_t* input, int64_t stride, __m512i (*joined)[4]) {
+    const LevelTable<bits> table;
+    __m512i sum[rows][2][count], pair[rows][2];
+    repeat<rows, count>([&](auto r, auto i) { sum[r][0][i] = sum[r][1][i] = _mm512_setzero_si512(); });
+    for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
+        prefetch_group<bits>(packed, tiles, 0);
+        const Strands<bits> strands(packed);
+        repeat<rows, 2>([&](auto r, auto part) { pair[r][part] = input_pairs<part>(input + r * stride); });
+        repeat<2, count>([&](auto half, auto i) {
+            repeat<2>([&](auto part) {
+                const __m512i levels = table.levels(strands.template window<8 * half + 2 * (first + i) + part>());
+                repeat<rows>([&](auto r) { sum[r][half][i] = _mm512_dpbusd_epi32(sum[r][half][i], levels, pair[r][part]); });
+            });
+        });
+    }
+    repeat<rows, count>([&](auto r, auto i) { joined[r][first + i] = join_sums(sum[r][0][i], sum[r][1][i]); });
+}
+
+// More than two rows of activations need so many sums that one pass takes half of the outputs.
+template <int bits>
+[[gnu::flatten]] void packed_strands(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
+    in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value, at_once = rows > 2 ? 2 : 4;
+        const int8_t* input = x.data + first * x.stride;
+        __m512i joined[rows][4];
+        repeat<4 / at_once>([&](auto pass) { add_groups<bits, rows, at_once * pass, at_once>(packed, tiles, input, x.stride, joined); });
+        repeat<rows>([&](auto r) {
+            in_order(joined[r]);
+            int32_t* y = sums + (first + r) * kTileOutputs;
+            repeat<4>([&](auto q) { _mm512_storeu_si512(y + 16 * q, _mm512_add_epi32(_mm512_loadu_si512(y + 16 * q), joined[r][q])); });
+        });
+    });
+}
+
+// Everything stays in registers from the first segment to the last. Several rows of tiles side by side are several streams from memory.
+template <int bits, int rows>
+[[gnu::flatten]] void strand_rows(const TileRows& w, const SegmentedRow& x, float* y) {
+    const LevelTable<bits> table;
+    __m512 total[rows][4];
+    repeat<rows, 4>([&](auto row, auto i) { total[row][i] = _mm512_setzero_ps(); });
+    const int8_t* input = x.data;
+    const uint8_t* at = w.packed;
+    const int64_t stride = w.tiles * tile_bytes(bits);
+    for (int64_t segment = 0, first = 0; first < w.tiles; segment++, first += x.segment_tiles) {
+        const int64_t last = first + x.segment_tiles < w.tiles ? first + x.segment_tiles : w.tiles;
+        __m512i sum[rows][8];
+        repeat<rows, 8>([&](auto row, auto m) { sum[row][m] = _mm512_setzero_si512(); });
+        for (int64_t t = first; t < last; t += kGroupTiles, at += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
+            const __m512i pair[2] = {input_pairs<0>(input), input_pairs<1>(input)};
+            repeat<rows>([&](auto row) {
+                prefetch_group<bits>(at + row * stride, (w.tiles - t) * tile_bytes(bits), (rows - 1) * stride);
+                const Strands<bits> strands(at + row * stride);
+                repeat<kPairsOfStrand>([&](auto step) {
+                    sum[row][step / 2] = _mm512_dpbusd_epi32(sum[row][step / 2], table.levels(strands.template window<step>()), pair[step % 2]);
+                });
+            });
+        }
+        const __m512i bias = _mm512_set1_epi32(-kBias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        const __m512 scale = _mm512_set1_ps(x.scales[segment]);
+        repeat<rows, 4>([&](auto row, auto i) {
+            const __m512 exact = _mm512_cvtepi32_ps(_mm512_add_epi32(bias, join_sums(sum[row][i], sum[row][i + 4])));
+            total[row][i] = _mm512_add_ps(total[row][i], _mm512_mul_ps(scale, exact));
+        });
+    }
+    repeat<rows>([&](auto row) {
+        __m512i ordered[4];
+        repeat<4>([&](auto i) { ordered[i] = _mm512_castps_si512(total[row][i]); });
+        in_order(ordered);
+        repeat<4>([&](auto i) { _mm512_storeu_si512(y + row * kTileOutputs + 16 * i, ordered[i]); });
+    });
+}
+
+template <int bits>
+void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
+    TileRows rest = w;
+    for (; rest.count > 1; rest.count -= 2, rest.packed += 2 * rest.tiles * tile_bytes(bits), y += 2 * kTileOutputs) strand_rows<bits, 2>(rest, x, y);
+    if (rest.count == 1) strand_rows<bits, 1>(rest, x, y);
+}
+
+}  // namespace
+}  // namespace septet
