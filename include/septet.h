@@ -56,7 +56,8 @@ SEPTET_API const char* septet_instruction_set_obstacle(int index);
 /* The set in use: the one SEPTET_CPU names, else the fastest that can run. Decided at the first call of any function that
  * computes; a wrong SEPTET_CPU makes them all fail with CPU_UNKNOWN or CPU_UNSUPPORTED. *name is a static string. */
 SEPTET_API int septet_instruction_set(const char** name);
-/* Use another set from now on, for every thread. NULL returns to the choice that septet_instruction_set describes. */
+/* Use another set from now on, for every thread. NULL returns to the choice that septet_instruction_set describes. Weights that
+ * were arranged for a set (septet_arrange, and those of an engine) keep being multiplied with it. */
 SEPTET_API int septet_set_instruction_set(const char* name);
 /* SEPTET_THREADS, else OMP_NUM_THREADS (its first number), else the processors this process may use. */
 SEPTET_API int septet_default_threads(int* threads);
@@ -172,7 +173,14 @@ typedef struct septet_layer {
     int64_t output_block;      /* trellis: rotation of the outputs, before scale; 1 for none */
     int64_t group_size;        /* split: inputs per group, 0 for one group; else ignored */
     int64_t segment;           /* trellis: inputs per activation scale, 0 for one scale per token; else ignored */
+    const void* arranged_for;  /* NULL, or what septet_arrange wrote here */
 } septet_layer;
+
+/* Copies the weights of a layer of code split, trellis or int8 to `weight`, as many bytes, which must not overlap them and are best
+ * 64-byte aligned, and makes *layer point there. Trellis weights whose inputs, and inputs per activation scale, are multiples of 16
+ * take the order that the instruction set in use reads fastest; the layer then runs on that set whatever is chosen later. CODE: they
+ * are arranged already. Engines do this by themselves. */
+SEPTET_API int septet_arrange(septet_layer* layer, void* weight);
 
 /* y: float32 [tokens, N] from x: float32 [tokens, K]. x' = H(input_scale * x), quantized unless `activations` is float; the
  * product of the code; trellis: scale * H(product). tokens may be 0. x and y must not overlap. */

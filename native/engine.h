@@ -35,7 +35,7 @@ struct Linear {
     septet_layer stored{};
     std::vector<Part> parts;
 
-    // Layers that `share_inputs`; copies them.
+    // Layers that `share_inputs`; copies them, in the order that the kernels in use now have for them.
     Linear(Arena& arena, const septet_layer* const* layers, int count);
     Layer layer() const { return Layer(stored); }
     // The float32 outputs of a token, finished: rotated and scaled.

@@ -16,12 +16,6 @@ constexpr int64_t kHugePage = 1 << 21, kChunk = 16 * kHugePage, kAlignment = 64,
 
 int64_t round_up(int64_t value, int64_t step) { return ceil_divide(value, step) * step; }
 
-int64_t bytes_of(const septet_layer& layer) {
-    if (is_dense(layer.code)) return layer.out_features * layer.in_features * float_bytes(layer.code == SEPTET_FLOAT32 ? kFloat32 : kFloat16);
-    const Layer sizes(layer);
-    return is_tiled(layer.code) ? sizes.outputs * sizes.inputs / kTileWeights * tile_bytes(layer.bits) : layer.out_features * layer.in_features;
-}
-
 float* copy(Arena& arena, const float* from, int64_t count) {
     float* to = reinterpret_cast<float*>(arena.allocate(count * static_cast<int64_t>(sizeof(float))));
     std::copy_n(from, count, to);
@@ -71,7 +65,7 @@ char* Arena::allocate(int64_t bytes) {
 
 bool share_inputs(const septet_layer& a, const septet_layer& b) {
     const bool same = a.code == b.code && (!is_tiled(a.code) || a.bits == b.bits) && a.in_features == b.in_features && a.input_block == b.input_block &&
-                      a.group_size == b.group_size && a.segment == b.segment && (a.offset == nullptr) == (b.offset == nullptr);
+                      a.group_size == b.group_size && a.segment == b.segment && a.arranged_for == b.arranged_for && (a.offset == nullptr) == (b.offset == nullptr);
     if (!same || (a.input_scale == nullptr) != (b.input_scale == nullptr)) return false;
     return a.input_scale == nullptr || std::memcmp(a.input_scale, b.input_scale, static_cast<size_t>(a.in_features) * sizeof(float)) == 0;
 }
@@ -82,15 +76,16 @@ Linear::Linear(Arena& arena, const septet_layer* const* layers, int count) : sto
     for (int i = 0; i < count; i++) {
         parts.push_back({stored.out_features, layers[i]->out_features, layers[i]->output_block});
         stored.out_features += Layer(*layers[i]).outputs;
-        bytes += bytes_of(*layers[i]);
+        bytes += weight_bytes(*layers[i]);
     }
     stored.output_block = 1;
     char* weight = arena.allocate(bytes);
     stored.weight = weight;
+    int error;
+    const KernelTable* kernels = active_kernels(&error);
     for (int i = 0; i < count; i++) {
-        const int64_t size = bytes_of(*layers[i]);
-        std::memcpy(weight, layers[i]->weight, static_cast<size_t>(size));
-        weight += size;
+        stored.arranged_for = copy_weights(kernels, *layers[i], weight);  // the same for all: their inputs and segments are
+        weight += weight_bytes(*layers[i]);
     }
     if (stored.input_scale != nullptr) stored.input_scale = copy(arena, stored.input_scale, stored.in_features);
     if (is_dense(stored.code)) return;

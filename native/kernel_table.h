@@ -14,8 +14,8 @@ struct ViterbiKernel;
 constexpr int kTileOutputs = 64, kTileInputs = 4, kTilePairs = 128, kTileWeights = 256;
 constexpr int tile_bytes(int bits) { return kTilePairs / 8 * bits; }
 
-// How the stream of a tile becomes fields or levels. Strands: trellis tiles that were arranged four by four (arrange.h), so all numbers of tiles and places where
-// kernels begin are multiples of four. Sets without kernels for them leave nullptr there.
+// How the stream of a tile becomes fields or levels. Strands: trellis tiles arranged in groups of four (arrange.h), so kernels begin and end between groups;
+// a set may have no kernels for them (nullptr).
 enum Decoding { kSplit7, kTrellis6, kTrellis7, kTrellis8, kStrands6, kStrands7, kStrands8, kDecodings };
 constexpr int kGroupTiles = 4;
 

@@ -1,6 +1,10 @@
 #include "layers.h"
 
 #include <algorithm>
+#include <cstring>
+
+#include "arrange.h"
+#include "model_table.h"
 
 namespace septet {
 namespace {
@@ -22,15 +26,14 @@ void transform_inputs(const KernelTable& kernels, const Layer& layer, const floa
 
 void multiply_float(const KernelTable& kernels, const Layer& layer, FloatRows x, float* y, int threads) {
     if (layer.stored.code == SEPTET_INT8) return float_row_product(kernels, layer.rows(), x, y, threads);
-    const bool split = layer.stored.code == SEPTET_SPLIT;
     const septet_split_scales scales = layer.split_scales();
-    float_product(kernels, Matrix(layer.tiles(), split), split ? &scales : nullptr, x, y, threads);
+    float_product(kernels, layer.matrix(), layer.stored.code == SEPTET_SPLIT ? &scales : nullptr, x, y, threads);
 }
 
 void multiply_int8(const KernelTable& kernels, const Layer& layer, const septet_activations& x, float* y, int threads) {
     if (layer.stored.code == SEPTET_INT8) return row_product(kernels, layer.rows(), x, y, threads);
-    if (layer.stored.code == SEPTET_TRELLIS) return trellis_product(kernels, Matrix(layer.tiles(), false), x, y, threads);
-    split_product(kernels, Matrix(layer.tiles(), true), layer.split_scales(), x, y, threads);
+    if (layer.stored.code == SEPTET_TRELLIS) return trellis_product(kernels, layer.matrix(), x, y, threads);
+    split_product(kernels, layer.matrix(), layer.split_scales(), x, y, threads);
 }
 
 }  // namespace
@@ -41,6 +44,25 @@ Layer::Layer(const septet_layer& layer) : stored(layer) {
     outputs = tiled ? ceil_divide(layer.out_features, kTileOutputs) * kTileOutputs : layer.out_features;
     segment = layer.code == SEPTET_SPLIT ? layer.group_size : layer.code == SEPTET_TRELLIS ? layer.segment : 0;
     if (segment == 0 || segment > inputs) segment = inputs;
+}
+
+int64_t weight_bytes(const septet_layer& layer) {
+    if (is_dense(layer.code)) return layer.out_features * layer.in_features * float_bytes(layer.code == SEPTET_FLOAT32 ? kFloat32 : kFloat16);
+    const Layer sizes(layer);
+    return is_tiled(layer.code) ? sizes.outputs * sizes.inputs / kTileWeights * tile_bytes(layer.bits) : layer.out_features * layer.in_features;
+}
+
+const void* copy_weights(const KernelTable* kernels, const septet_layer& layer, void* weight) {
+    constexpr int64_t group = kGroupTiles * kTileInputs;
+    const int64_t bytes = weight_bytes(layer);
+    const Layer sizes(layer);
+    const bool in_groups = layer.code == SEPTET_TRELLIS && sizes.inputs % group == 0 && sizes.segment % group == 0;
+    if (in_groups && layer.arranged_for == nullptr && kernels != nullptr && kernels->decode[kStrands6] != nullptr) {
+        arrange_strands(static_cast<const uint8_t*>(layer.weight), bytes / tile_bytes(layer.bits), layer.bits, static_cast<uint8_t*>(weight));
+        return kernels;
+    }
+    std::memcpy(weight, layer.weight, static_cast<size_t>(bytes));
+    return layer.arranged_for;
 }
 
 int check_rows(const septet_rows* weight) {
@@ -85,7 +107,8 @@ void prepare_inputs(const KernelTable& kernels, const Layer& layer, const float*
     quantize_rows(kernels, inputs.rotated, layer.inputs, {nullptr, nullptr, tokens, layer.segment}, inputs.values, inputs.scales, around);
 }
 
-void multiply_inputs(const KernelTable& kernels, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, float* y, int threads) {
+void multiply_inputs(const KernelTable& active, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, float* y, int threads) {
+    const KernelTable& kernels = layer.arranged_for() == nullptr ? active : *layer.arranged_for();
     const FloatRows x{inputs.rotated, layer.inputs, tokens};
     if (is_dense(layer.stored.code)) return dense_product(kernels, layer.stored, x, y, threads);
     if (as_float) return multiply_float(kernels, layer, x, y, threads);

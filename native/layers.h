@@ -15,11 +15,19 @@ struct Layer {
     int64_t inputs, outputs, segment;
 
     explicit Layer(const septet_layer& layer);
+    // Whose kernels read the weights, which are in strands then; nullptr: they are as stored.
+    const KernelTable* arranged_for() const { return static_cast<const KernelTable*>(stored.arranged_for); }
     septet_tiles tiles() const { return {static_cast<const uint8_t*>(stored.weight), outputs / kTileOutputs, inputs / kTileInputs, stored.bits}; }
     septet_rows rows() const { return {static_cast<const int8_t*>(stored.weight), stored.scale, stored.out_features, stored.in_features}; }
     septet_split_scales split_scales() const { return {stored.scale, stored.offset, segment}; }
+    Matrix matrix() const { return Matrix(tiles(), stored.code == SEPTET_SPLIT ? kSplit7 : arranged_for() == nullptr ? kTrellis6 : kStrands6); }
     int64_t segments() const { return ceil_divide(inputs, segment); }
 };
+
+// Bytes of the weights of a layer.
+int64_t weight_bytes(const septet_layer& layer);
+// Copies the weights, in the order that kernels (nullptr: any) have for them unless they are arranged already; returns the new `arranged_for`.
+const void* copy_weights(const KernelTable* kernels, const septet_layer& layer, void* weight);
 
 // An error number of septet.h; dense layers only where `dense_too`.
 int check_layer(const septet_layer* layer, bool dense_too);
@@ -36,8 +44,8 @@ void quantize_rows(const KernelTable& kernels, const float* x, int64_t features,
 
 // x: [tokens][in_features].
 void prepare_inputs(const KernelTable& kernels, const Layer& layer, const float* x, int64_t tokens, bool as_float, const PreparedInputs& inputs, int threads);
-// y: [tokens][layer.outputs], before the rotation of the outputs.
-void multiply_inputs(const KernelTable& kernels, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, float* y, int threads);
+// y: [tokens][layer.outputs], before the rotation of the outputs. Arranged weights are read by the kernels that they were arranged for.
+void multiply_inputs(const KernelTable& active, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, float* y, int threads);
 // Rotation and scale of `count` outputs of a trellis layer, in place.
 void finish_outputs(const KernelTable& kernels, int64_t block, const float* scale, int64_t count, float* y);
 

@@ -249,6 +249,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<AnyArray, AnyArray, Optional, Optional, const std::array<int64_t, 8>&>(), array("weight"), array("scale"), array("offset").none(),
              array("input_scale").none(), nb::arg("sizes"))
         .def(nb::init<AnyArray, const std::string&>(), array("weight"), nb::arg("dtype"))
+        .def("arranged", &Layer::arranged, array("weight"))
         .def("linear", &Layer::linear, array("x"), nb::arg("float_activations"), threads);
     bind_engine(m);
 }

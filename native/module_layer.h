@@ -30,7 +30,7 @@ public:
         : arrays_{std::move(weight), std::move(scale)}, offset_(std::move(offset)), input_scale_(std::move(input_scale)) {
         const auto [code, bits, k, n, input_block, output_block, group_size, segment] = sizes;
         const int64_t rows = static_cast<int64_t>(ceil_of(n, 64)), columns = static_cast<int64_t>(ceil_of(k, 4));
-        layer_ = {static_cast<int>(code), static_cast<int>(bits), k, n, nullptr, nullptr, nullptr, nullptr, input_block, output_block, group_size, segment};
+        layer_ = {static_cast<int>(code), static_cast<int>(bits), k, n, nullptr, nullptr, nullptr, nullptr, input_block, output_block, group_size, segment, nullptr};
         if (code == SEPTET_INT8) layer_.weight = view<int8_t>(arrays_[0], "weight", {n, k});
         else layer_.weight = view<uint8_t>(arrays_[0], "packed weights", {rows, columns * bytes_of_tile(static_cast<int>(bits))});
         if (code == SEPTET_SPLIT) {
@@ -49,10 +49,19 @@ public:
         if (code < 0) raise("OptionError", "dense weights must be float32, float16 or bfloat16", dtype, "convert them");
         const void* data = code == SEPTET_FLOAT32 ? static_cast<const void*>(view<float>(arrays_[0], "weight", {kAny, kAny}))
                                                   : view<uint16_t>(arrays_[0], "weight", {kAny, kAny});
-        layer_ = {code, 16, size_of(arrays_[0], 1), size_of(arrays_[0], 0), data, nullptr, nullptr, nullptr, 1, 1, 0, 0};
+        layer_ = {code, 16, size_of(arrays_[0], 1), size_of(arrays_[0], 0), data, nullptr, nullptr, nullptr, 1, 1, 0, 0, nullptr};
     }
 
     const septet_layer& stored() const { return layer_; }
+
+    // The same layer with its weights in another array of as many bytes, see septet_arrange.
+    Layer arranged(const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& weight) const {
+        if (arrays_[0].nbytes() != weight.nbytes()) raise("ShapeError", "arranged weights must have as many bytes as the weights", describe(AnyArray(weight)), "check the sizes");
+        Layer layer(*this);
+        run([&] { return septet_arrange(&layer.layer_, weight.data()); }, "weights of code " + std::to_string(layer_.code));
+        layer.arrays_[0] = AnyArray(weight);
+        return layer;
+    }
 
     nb::object linear(const AnyArray& x, bool float_activations, int threads) const {
         const float* data = view<float>(x, "inputs", {kAny, layer_.in_features});

@@ -123,7 +123,7 @@ int septet_trellis_levels(const septet_tiles* tiles, int8_t* levels, int threads
     if (const int error = check_tiles(tiles)) return error;
     if (levels == nullptr) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        decode_matrix(kernels, Matrix(*tiles, false), kernels.level_bias, reinterpret_cast<uint8_t*>(levels), workers);
+        decode_matrix(kernels, Matrix(*tiles, kTrellis6), kernels.level_bias, reinterpret_cast<uint8_t*>(levels), workers);
         return SEPTET_OK;
     });
 }
@@ -133,7 +133,7 @@ int septet_split_fields(const septet_tiles* tiles, uint8_t* fields, int threads)
     if (tiles->bits != 7) return SEPTET_ERROR_BITS;
     if (fields == nullptr) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        decode_matrix(kernels, Matrix(*tiles, true), 0, fields, workers);
+        decode_matrix(kernels, Matrix(*tiles, kSplit7), 0, fields, workers);
         return SEPTET_OK;
     });
 }

@@ -95,7 +95,7 @@ int septet_trellis_accumulate(const septet_tiles* tiles, const int8_t* values, i
     if (!fits(tokens, tiles->columns * kTileInputs) || !fits(tokens, tiles->rows * kTileOutputs)) return SEPTET_ERROR_SIZE;
     if (tokens > 0 && (values == nullptr || sums == nullptr)) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        trellis_sums(kernels, Matrix(*tiles, false), values, tokens, sums, workers);
+        trellis_sums(kernels, Matrix(*tiles, kTrellis6), values, tokens, sums, workers);
         return SEPTET_OK;
     });
 }
@@ -105,7 +105,7 @@ int septet_trellis_product(const septet_tiles* tiles, const septet_activations* 
     if (const int error = check_activations(x, tiles->columns * kTileInputs)) return error;
     if (y == nullptr && x->tokens > 0) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        trellis_product(kernels, Matrix(*tiles, false), *x, y, workers);
+        trellis_product(kernels, Matrix(*tiles, kTrellis6), *x, y, workers);
         return SEPTET_OK;
     });
 }
@@ -115,7 +115,7 @@ int septet_trellis_product_float(const septet_tiles* tiles, const float* x, int6
     if (!fits(tokens, tiles->columns * kTileInputs)) return SEPTET_ERROR_SIZE;
     if (tokens > 0 && (x == nullptr || y == nullptr)) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        const Matrix w(*tiles, false);
+        const Matrix w(*tiles, kTrellis6);
         float_product(kernels, w, nullptr, {x, w.inputs(), tokens}, y, workers);
         return SEPTET_OK;
     });
@@ -128,7 +128,7 @@ int septet_split_product(const septet_tiles* tiles, const septet_split_scales* s
     if (x->segment != scales->group_size) return SEPTET_ERROR_GROUP;
     if (y == nullptr && x->tokens > 0) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        const Matrix w(*tiles, true);
+        const Matrix w(*tiles, kSplit7);
         without_padding(x->tokens, out_features, w.outputs(), y, [&](float* target) { split_product(kernels, w, *scales, *x, target, workers); });
         return SEPTET_OK;
     });
@@ -140,7 +140,7 @@ int septet_split_product_float(const septet_tiles* tiles, const septet_split_sca
     if (!fits(tokens, tiles->columns * kTileInputs)) return SEPTET_ERROR_SIZE;
     if (tokens > 0 && (x == nullptr || y == nullptr)) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
-        const Matrix w(*tiles, true);
+        const Matrix w(*tiles, kSplit7);
         const FloatRows rows{x, w.inputs(), tokens};
         without_padding(tokens, out_features, w.outputs(), y, [&](float* target) { float_product(kernels, w, scales, rows, target, workers); });
         return SEPTET_OK;
@@ -164,6 +164,17 @@ int septet_int8_product_float(const septet_rows* weight, const float* x, int64_t
     if (tokens > 0 && (x == nullptr || y == nullptr)) return SEPTET_ERROR_NULL;
     return with_kernels(threads, [&](const KernelTable& kernels, int workers) {
         float_row_product(kernels, *weight, {x, weight->features, tokens}, y, workers);
+        return SEPTET_OK;
+    });
+}
+
+int septet_arrange(septet_layer* layer, void* weight) {
+    if (const int error = check_layer(layer, false)) return error;
+    if (weight == nullptr) return SEPTET_ERROR_NULL;
+    if (layer->arranged_for != nullptr) return SEPTET_ERROR_CODE;
+    return with_kernels(1, [&](const KernelTable& kernels, int) {
+        layer->arranged_for = copy_weights(&kernels, *layer, weight);
+        layer->weight = weight;
         return SEPTET_OK;
     });
 }

@@ -13,9 +13,10 @@ struct Matrix {
     int64_t rows, columns;
     Decoding decoding;
 
-    Matrix(const septet_tiles& tiles, bool split)
-        : packed(tiles.packed), rows(tiles.rows), columns(tiles.columns), decoding(split ? kSplit7 : static_cast<Decoding>(kTrellis6 + tiles.bits - 6)) {}
-    int bits() const { return decoding == kSplit7 ? 7 : 6 + decoding - kTrellis6; }
+    // kTrellis6 and kStrands6 are followed by those of 7 and 8 bits.
+    Matrix(const septet_tiles& tiles, Decoding code) : packed(tiles.packed), rows(tiles.rows), columns(tiles.columns), decoding(with_bits(code, tiles.bits)) {}
+    static Decoding with_bits(Decoding code, int bits) { return code == kSplit7 ? kSplit7 : static_cast<Decoding>(code + bits - 6); }
+    int bits() const { return decoding == kSplit7 ? 7 : 6 + (decoding - kTrellis6) % 3; }
     int64_t inputs() const { return columns * kTileInputs; }
     int64_t outputs() const { return rows * kTileOutputs; }
     const uint8_t* tile(int64_t row, int64_t column) const { return packed + (row * columns + column) * tile_bytes(bits()); }

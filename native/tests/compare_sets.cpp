@@ -69,7 +69,7 @@ struct StoredLayer {
     void check(const std::string& set, int index) const {
         const int64_t* n = numbers;
         const septet_layer layer = {static_cast<int>(n[0]), static_cast<int>(n[1]), n[2], n[3], weight.data(), floats(scale), floats(offset), floats(input_scale),
-                                    n[4], n[5], n[6], n[7]};
+                                    n[4], n[5], n[6], n[7], nullptr};
         std::vector<char> found(y.size(), 1);
         const int error = septet_linear(&layer, floats(x), n[8], SEPTET_ACTIVATIONS_INT8, reinterpret_cast<float*>(found.data()), 1);
         if (error != SEPTET_OK || found != y) fail(set, "layer " + std::to_string(index) + " of the file must have the outputs that stand there");

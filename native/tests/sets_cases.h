@@ -243,7 +243,7 @@ struct OwnLayer {
         input_scale = random.floats(inputs, 0.5f, 1.5f);
         const bool rotated = code == SEPTET_TRELLIS || code == SEPTET_INT8;
         layer = {code, bits, inputs, outputs, weight.data(), scale.data(), nullptr, rotated ? input_scale.data() : nullptr,
-                 rotated ? 32 : 1, code == SEPTET_TRELLIS ? 32 : 1, 0, code == SEPTET_TRELLIS ? 32 : 0};
+                 rotated ? 32 : 1, code == SEPTET_TRELLIS ? 32 : 1, 0, code == SEPTET_TRELLIS ? 32 : 0, nullptr};
     }
 };
 

@@ -2,7 +2,8 @@
 
 The weights are random: every byte string is a valid matrix, and kernels take the same time for any. A round times each build once,
 next to a plain sum over the very buffer that the products read, with the same threads; figures are medians over the rounds.
-`product` (not for split) is given quantized activations; `layer` rotates and quantizes its inputs and rotates its outputs too.
+`product` (not for split) is given quantized activations; `layer` rotates and quantizes its inputs and rotates its outputs too;
+`arranged` (native) is a layer whose weights were copied in the instruction set's own order, as engines keep them.
 One thread is timed in processor time, which other work on the machine stretches less than the time on the wall.
 """
 
@@ -116,7 +117,7 @@ def measure_kernels(
         builds: names for KernelBuild; they take turns in every round.
 
     Returns:
-        A row per case, name ("product", "layer") and build: name, code, backend, k, n, tokens, threads, gweight_per_s, gb_per_s (of
+        A row per case, name ("product", "layer", "arranged") and build: name, code, backend, k, n, tokens, threads, gweight_per_s, gb_per_s (of
         packed weights), bandwidth_gb_per_s (of the plain sum), bandwidth_fraction, of_first (speed in units of the first build's in
         the same round), and spread, the range of gweight_per_s over its median.
 
@@ -204,6 +205,10 @@ def _calls(case: KernelCase, matrix: LayerWeights, build: KernelBuild) -> Iterat
         xq, steps = module.quantize_activations(padded, padded.shape[1])
         yield "product", lambda: module.trellis_product(matrix.packed, matrix.bits_per_pair, xq, steps, padded.shape[1], *threads)
     yield "layer", lambda: linear(x, prepared, "int8", case.threads)
+    if build.backend == "native" and matrix.code == "trellis":
+        with build:
+            arranged = module.prepare(matrix, arrange=True)
+        yield "arranged", lambda: linear(x, arranged, "int8", case.threads)
 
 
 def _repeats(call: Callable[[], object], clock: Callable[[], float]) -> int:

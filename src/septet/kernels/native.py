@@ -45,6 +45,7 @@ __all__ = [
 NAME = "native"
 _CODES = {"split": 0, "trellis": 1, "int8": 2}
 _ACTIVATIONS = {"int8": False, "float": True}
+_LINE = 64
 
 #: {name: "" or why it cannot run here}, from the slowest to the fastest.
 instruction_sets = _native.instruction_sets
@@ -103,17 +104,19 @@ def _transposed(scales: np.ndarray, out_features: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class PreparedLayer:
-    """A layer as the kernels read it: the packed weights where they are, the scales in float32."""
+    """A layer as the kernels read it: the packed weights where they are or in a copy, the scales in float32."""
 
     code: str
     kernel: _native.Layer
 
 
-def prepare(layer: LayerWeights) -> PreparedLayer:
-    """Convert the scales of a layer once, for the linear_* functions; the weights are not copied.
+def prepare(layer: LayerWeights, arrange: bool = False) -> PreparedLayer:
+    """Convert the scales of a layer once, for the linear_* functions; the weights are not copied unless they are arranged.
 
     Args:
-        layer: any code. Its `packed` array must stay unchanged.
+        layer: any code. Its `packed` array must stay unchanged if the weights are not arranged, and may go if they are.
+        arrange: copy the weights in the order that the instruction set in use now reads fastest, as engines do; later choices of
+            a set do not matter to this layer then.
 
     Returns:
         What the linear_* functions of this backend take as `layer`.
@@ -134,7 +137,15 @@ def prepare(layer: LayerWeights) -> PreparedLayer:
         layer.segment,
     )
     input_scale = None if input_scale is None else input_scale.astype(np.float32)
-    return PreparedLayer(layer.code, _native.Layer(layer.packed, scale, offset, input_scale, sizes))
+    kernel = _native.Layer(layer.packed, scale, offset, input_scale, sizes)
+    return PreparedLayer(layer.code, kernel.arranged(_aligned(layer.packed.nbytes)) if arrange else kernel)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Memory that begins with a line of the cache: uint8 [size]."""
+    memory = np.empty(size + _LINE - 1, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size]
 
 
 def linear_trellis(x: np.ndarray, layer: PreparedLayer, activations: str, threads: int = 0) -> np.ndarray:
