@@ -11,7 +11,7 @@
 namespace septet {
 namespace {
 
-constexpr int kBias = 128, kFusedRows = 4, kPairsOfStrand = 16, kGroupInputs = kGroupTiles * kTileInputs;
+constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16, kGroupInputs = kGroupTiles * kTileInputs;
 
 struct alignas(64) Bytes { uint8_t at[64]; };
 inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
@@ -65,7 +65,7 @@ __m512i input_pairs(const int8_t* x) {
 // Asks memory ahead; where the row ends before that, what is read next lies `skip` bytes further.
 template <int bits>
 inline void prefetch_group(const uint8_t* group, int64_t left, int64_t skip) {
-    constexpr int line = 64, ahead = 2048;
+    constexpr int line = 64, ahead = 3072;
     group += ahead + (left > ahead ? 0 : skip);
     for (int i = 0; i < bits; i++) __builtin_prefetch(group + i * line);
 }
@@ -160,7 +160,8 @@ template <int bits>
     });
 }
 
-// Everything stays in registers from the first segment to the last. Several rows of tiles side by side are several streams from memory.
+// Short segments would spend their time on sums if those were stored in between. Four rows of tiles side by side are four streams from memory: they read more
+// of its bandwidth than two, and cost nothing, although not all of their sums fit into registers.
 template <int bits, int rows>
 [[gnu::flatten]] void strand_rows(const TileRows& w, const SegmentedRow& x, float* y) {
     const LevelTable<bits> table;
@@ -200,9 +201,9 @@ template <int bits, int rows>
 
 template <int bits>
 void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
-    TileRows rest = w;
-    for (; rest.count > 1; rest.count -= 2, rest.packed += 2 * rest.tiles * tile_bytes(bits), y += 2 * kTileOutputs) strand_rows<bits, 2>(rest, x, y);
-    if (rest.count == 1) strand_rows<bits, 1>(rest, x, y);
+    in_blocks<kRowsAtOnce>(w.count, [&](auto rows, int64_t first) {
+        strand_rows<bits, rows>({w.packed + first * w.tiles * tile_bytes(bits), rows, w.tiles}, x, y + first * kTileOutputs);
+    });
 }
 
 }  // namespace
