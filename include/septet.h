@@ -178,8 +178,8 @@ typedef struct septet_layer {
 
 /* Copies the weights of a layer of code split, trellis or int8 to `weight`, as many bytes, which must not overlap them and are best
  * 64-byte aligned, and makes *layer point there. Trellis weights whose inputs, and inputs per activation scale, are multiples of 16
- * take the order that the instruction set in use reads fastest; the layer then runs on that set whatever is chosen later. CODE: they
- * are arranged already. Engines do this by themselves. */
+ * take the order that the instruction set in use reads fastest; the layer then runs on that set whatever is chosen later. Weights that
+ * are arranged already are copied as they are. Engines do this by themselves. */
 SEPTET_API int septet_arrange(septet_layer* layer, void* weight);
 
 /* y: float32 [tokens, N] from x: float32 [tokens, K]. x' = H(input_scale * x), quantized unless `activations` is float; the

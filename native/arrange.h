@@ -9,8 +9,8 @@ namespace septet {
 
 constexpr int kStrands = 8;  // of a tile: each is `bits` 16-bit words of its stream, 16 pairs
 
-// Where in a register of 32 words strand k of tile t lies: neighbours are the same outputs of two tiles, and each 128-bit lane has strands k and k + 4 of all four.
-inline int strand_lane(int k, int t) { return k % 4 * 8 + t / 2 * 4 + k / 4 * 2 + t % 2; }
+// Where in a register of 32 words strand k of tile t lies: a 128-bit lane has strand k of all tiles, then strand k + 4.
+inline int strand_lane(int k, int t) { return k % 4 * 8 + k / 4 * kGroupTiles + t; }
 
 // Group after group of four tiles: uint16 [tile][strand][word] -> [word][strand_lane]. `tiles` is a multiple of four; the arrays must not overlap.
 inline void arrange_strands(const uint8_t* from, int64_t tiles, int bits, uint8_t* to) {

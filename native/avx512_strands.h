@@ -5,13 +5,16 @@
 // which is output 8*k + q/2 and inputs 2*(q%2) and the next of each tile, and a 32-bit lane sums them over two tiles.
 // Included by avx512vbmi.cpp.
 #pragma once
+#include <algorithm>
+
 #include "avx512_steps.h"
 #include "tables.h"
 
 namespace septet {
 namespace {
 
-constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16, kGroupInputs = kGroupTiles * kTileInputs;
+constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16;
+constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs, kStrandBlock = 8;
 
 struct alignas(64) Bytes { uint8_t at[64]; };
 inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
@@ -53,13 +56,16 @@ __m512i in_turns(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(i, i + 1, i + 8, i + 9, i + 2, i + 3, i + 10, i + 11), b);
 }
 
-// The inputs of a group as a step meets them: of even steps the first two of each tile (part 0), of odd steps the last two.
-template <int part>
-__m512i input_pairs(const int8_t* x) {
-    constexpr int i = 2 * part;
-    const __m128i index = _mm_setr_epi8(i, i + 1, i + 4, i + 5, i, i + 1, i + 4, i + 5, i + 8, i + 9, i + 12, i + 13, i + 8, i + 9, i + 12, i + 13);
-    const __m512i inputs = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    return _mm512_shuffle_epi8(inputs, _mm512_broadcast_i32x4(index));
+// The inputs of a group in the order of steps: of all tiles the first two, for even steps, then the last two.
+inline __m128i order_inputs(const int8_t* x) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), order);
+}
+
+inline __m512i broadcast_eight(const int8_t* x) {
+    int64_t eight;
+    std::memcpy(&eight, x, sizeof eight);
+    return _mm512_set1_epi64(eight);
 }
 
 // Asks memory ahead; where the row ends before that, what is read next lies `skip` bytes further.
@@ -77,7 +83,7 @@ struct Strands {
     explicit Strands(const uint8_t* group) {
         repeat<bits>([&](auto i) { word[i] = _mm512_loadu_si512(group + 64 * i); });
         // A strand goes on where the next one begins, and the last where the first does: 0 to 3 lie in 128-bit lanes of their own, 4 to 7 beside them.
-        word[bits] = _mm512_permutexvar_epi32(_mm512_setr_epi32(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 1, 0, 3, 2), word[0]);
+        word[bits] = _mm512_permutexvar_epi32(_mm512_setr_epi32(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 2, 3, 0, 1), word[0]);
     }
     template <int step>
     __m512i window() const {
@@ -88,7 +94,8 @@ struct Strands {
 
 // Sums of outputs m and m + 4 of every strand, each in two 32-bit lanes, become one register: see in_order.
 inline __m512i join_sums(__m512i m, __m512i m_plus_4) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(m, m_plus_4), _mm512_unpackhi_epi64(m, m_plus_4));
+    const __m512 a = _mm512_castsi512_ps(m), b = _mm512_castsi512_ps(m_plus_4);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD)));
 }
 
 // Joined sums of m = 0 .. 3, or floats made of them, become those of outputs 0 .. 63 in order.
@@ -107,51 +114,61 @@ template <int bits>
     const LevelTable<bits> table;
     for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), decoded += kGroupTiles * kTileWeights) {
         const Strands<bits> strands(packed);
-        __m512i half[2][2][4];  // [first or last four outputs of a strand][first or last two tiles]
+        __m512i half[2][2][4];  // [first or last four outputs of a strand][strands 0 to 3 or 4 to 7]
         repeat<2, 4>([&](auto i, auto m) {
             constexpr int step = 8 * i + 2 * m;
             const __m512i first = table.levels(strands.template window<step>()), last = table.levels(strands.template window<step + 1>());
             half[i][0][m] = _mm512_unpacklo_epi16(first, last);
             half[i][1][m] = _mm512_unpackhi_epi16(first, last);
         });
-        repeat<2, 2>([&](auto i, auto tile_pair) { transpose_dwords(half[i][tile_pair]); });
-        repeat<kGroupTiles, 2>([&](auto tile, auto quarter) {
-            const __m512i a = half[0][tile / 2][tile % 2 + 2 * quarter], b = half[1][tile / 2][tile % 2 + 2 * quarter];
-            uint8_t* to = decoded + kTileWeights * tile + kTileWeights / 2 * quarter;
+        repeat<2, 2>([&](auto i, auto strand_half) { transpose_dwords(half[i][strand_half]); });
+        repeat<kGroupTiles, 2>([&](auto tile, auto strand_half) {
+            const __m512i a = half[0][strand_half][tile], b = half[1][strand_half][tile];
+            uint8_t* to = decoded + kTileWeights * tile + kTileWeights / 2 * strand_half;
             _mm512_storeu_si512(to, in_turns<false>(a, b));
             _mm512_storeu_si512(to + 64, in_turns<true>(a, b));
         });
     }
 }
 
-// joined[r][i], i = first .. first + count - 1: over all groups, the sums of outputs i and i + 4 of the strands for `rows` rows of activations.
+// joined[r][i] += the sums of outputs i and i + 4 of the strands, i = first .. first + count - 1, for `rows` rows of ordered activations.
 template <int bits, int rows, int first, int count>
-[[gnu::flatten]] inline void add_groups(const uint8_t* packed, int64_t tiles, const int8_t* input, int64_t stride, __m512i (*joined)[4]) {
+[[gnu::flatten]] inline void add_groups(const uint8_t* packed, int64_t tiles, const int8_t (*ordered)[kChunkInputs], __m512i (*joined)[4]) {
     const LevelTable<bits> table;
-    __m512i sum[rows][2][count], pair[rows][2];
+    __m512i sum[rows][2][count];
     repeat<rows, count>([&](auto r, auto i) { sum[r][0][i] = sum[r][1][i] = _mm512_setzero_si512(); });
-    for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
-        prefetch_group<bits>(packed, tiles, 0);
+    for (int64_t input = 0; input < tiles * kTileInputs; input += kGroupInputs, packed += kGroupTiles * tile_bytes(bits)) {
+        if (first == 0) prefetch_group<bits>(packed, tiles, 0);
         const Strands<bits> strands(packed);
-        repeat<rows, 2>([&](auto r, auto part) { pair[r][part] = input_pairs<part>(input + r * stride); });
         repeat<2, count>([&](auto half, auto i) {
             repeat<2>([&](auto part) {
                 const __m512i levels = table.levels(strands.template window<8 * half + 2 * (first + i) + part>());
-                repeat<rows>([&](auto r) { sum[r][half][i] = _mm512_dpbusd_epi32(sum[r][half][i], levels, pair[r][part]); });
+                repeat<rows>([&](auto r) {
+                    sum[r][half][i] = _mm512_dpbusd_epi32(sum[r][half][i], levels, broadcast_eight(ordered[r] + input + 8 * part));
+                });
             });
         });
     }
-    repeat<rows, count>([&](auto r, auto i) { joined[r][first + i] = join_sums(sum[r][0][i], sum[r][1][i]); });
+    repeat<rows, count>([&](auto r, auto i) { joined[r][first + i] = _mm512_add_epi32(joined[r][first + i], join_sums(sum[r][0][i], sum[r][1][i])); });
 }
 
-// More than two rows of activations need so many sums that one pass takes half of the outputs.
+// Any number of rows of activations. The more there are at once, the fewer outputs fit into registers, so the groups of a chunk are passed several times.
 template <int bits>
 [[gnu::flatten]] void packed_strands(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
-    in_blocks<kFusedRows>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, at_once = rows > 2 ? 2 : 4;
-        const int8_t* input = x.data + first * x.stride;
+    in_blocks<kStrandBlock>(x.count, [&](auto row_count, int64_t first) {
+        constexpr int rows = decltype(row_count)::value, at_once = rows > 4 ? 1 : rows > 2 ? 2 : 4;
+        alignas(64) int8_t ordered[rows][kChunkInputs];
         __m512i joined[rows][4];
-        repeat<4 / at_once>([&](auto pass) { add_groups<bits, rows, at_once * pass, at_once>(packed, tiles, input, x.stride, joined); });
+        repeat<rows, 4>([&](auto r, auto i) { joined[r][i] = _mm512_setzero_si512(); });
+        for (int64_t t = 0; t < tiles; t += kChunkInputs / kTileInputs) {
+            const int64_t inputs = std::min<int64_t>(kChunkInputs, (tiles - t) * kTileInputs);
+            for (int r = 0; r < rows; r++)
+                for (int64_t k = 0; k < inputs; k += kGroupInputs)
+                    _mm_store_si128(reinterpret_cast<__m128i*>(ordered[r] + k), order_inputs(x.data + (first + r) * x.stride + t * kTileInputs + k));
+            repeat<4 / at_once>([&](auto pass) {
+                add_groups<bits, rows, at_once * pass, at_once>(packed + t * tile_bytes(bits), inputs / kTileInputs, ordered, joined);
+            });
+        }
         repeat<rows>([&](auto r) {
             in_order(joined[r]);
             int32_t* y = sums + (first + r) * kTileOutputs;
@@ -175,7 +192,8 @@ template <int bits, int rows>
         __m512i sum[rows][8];
         repeat<rows, 8>([&](auto row, auto m) { sum[row][m] = _mm512_setzero_si512(); });
         for (int64_t t = first; t < last; t += kGroupTiles, at += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
-            const __m512i pair[2] = {input_pairs<0>(input), input_pairs<1>(input)};
+            const __m512i ordered = _mm512_broadcast_i32x4(order_inputs(input));
+            const __m512i pair[2] = {_mm512_unpacklo_epi64(ordered, ordered), _mm512_unpackhi_epi64(ordered, ordered)};
             repeat<rows>([&](auto row) {
                 prefetch_group<bits>(at + row * stride, (w.tiles - t) * tile_bytes(bits), (rows - 1) * stride);
                 const Strands<bits> strands(at + row * stride);

@@ -17,7 +17,7 @@ constexpr int tile_bytes(int bits) { return kTilePairs / 8 * bits; }
 // How the stream of a tile becomes fields or levels. Strands: trellis tiles arranged in groups of four (arrange.h), so kernels begin and end between groups;
 // a set may have no kernels for them (nullptr).
 enum Decoding { kSplit7, kTrellis6, kTrellis7, kTrellis8, kStrands6, kStrands7, kStrands8, kDecodings };
-constexpr int kGroupTiles = 4;
+constexpr int kGroupTiles = 4, kFusedStrandRows = 16;
 
 // Activations: `count` rows, `stride` elements apart.
 struct Rows { const int8_t* data; int64_t stride; int64_t count; };
@@ -48,7 +48,7 @@ using AddSegment = void (*)(const uint8_t* decoded, int64_t tiles, const Segment
 struct KernelTable {
     const char* name;
     int level_bias;        // 0: decoded levels are int8; 128: they are uint8, level + 128
-    int64_t fused_rows;    // most rows packed_product takes; 0: there is none
+    int64_t fused_rows;    // most rows for which packed_product is the faster way, of strands kFusedStrandRows; 0: there is none
 
     DecodeTiles decode[kDecodings];
     PackedProduct packed_product[kDecodings];

@@ -171,7 +171,6 @@ int septet_int8_product_float(const septet_rows* weight, const float* x, int64_t
 int septet_arrange(septet_layer* layer, void* weight) {
     if (const int error = check_layer(layer, false)) return error;
     if (weight == nullptr) return SEPTET_ERROR_NULL;
-    if (layer->arranged_for != nullptr) return SEPTET_ERROR_CODE;
     return with_kernels(1, [&](const KernelTable& kernels, int) {
         layer->arranged_for = copy_weights(&kernels, *layer, weight);
         layer->weight = weight;
