@@ -14,7 +14,7 @@ namespace septet {
 namespace {
 
 constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16;
-constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs, kStrandBlock = 8;
+constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs, kTokensAtOnce = 8;
 
 struct alignas(64) Bytes { uint8_t at[64]; };
 inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
@@ -56,10 +56,9 @@ __m512i in_turns(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(i, i + 1, i + 8, i + 9, i + 2, i + 3, i + 10, i + 11), b);
 }
 
-// The inputs of a group in the order of steps: of all tiles the first two, for even steps, then the last two.
-inline __m128i order_inputs(const int8_t* x) {
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), order);
+// The inputs of each group in the order of steps: of all tiles the first two, for even steps, then the last two.
+inline __m512i order_inputs(__m512i x) {
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
 }
 
 inline __m512i broadcast_eight(const int8_t* x) {
@@ -92,20 +91,21 @@ struct Strands {
     }
 };
 
-// Sums of outputs m and m + 4 of every strand, each in two 32-bit lanes, become one register: see in_order.
+// Sums of outputs m and m + 4 of every strand, each in two 32-bit lanes, become one register: see store_in_order.
 inline __m512i join_sums(__m512i m, __m512i m_plus_4) {
     const __m512 a = _mm512_castsi512_ps(m), b = _mm512_castsi512_ps(m_plus_4);
     return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD)));
 }
 
-// Joined sums of m = 0 .. 3, or floats made of them, become those of outputs 0 .. 63 in order.
-inline void in_order(__m512i* v) {
+// What became of joined sums of m = 0 .. 3: outputs 0 .. 63 in order.
+inline void store_in_order(const __m512* joined, float* y) {
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm512_castps_si512(joined[i]);
     transpose_dwords(v);
-    const __m512i low[2] = {in_turns<false>(v[0], v[2]), in_turns<true>(v[0], v[2])}, high[2] = {in_turns<false>(v[1], v[3]), in_turns<true>(v[1], v[3])};
-    v[0] = low[0];
-    v[1] = low[1];
-    v[2] = high[0];
-    v[3] = high[1];
+    _mm512_storeu_si512(y, in_turns<false>(v[0], v[2]));
+    _mm512_storeu_si512(y + 16, in_turns<true>(v[0], v[2]));
+    _mm512_storeu_si512(y + 32, in_turns<false>(v[1], v[3]));
+    _mm512_storeu_si512(y + 48, in_turns<true>(v[1], v[3]));
 }
 
 // Two steps are all inputs of an output. Each of the four stages puts together what lies further apart: inputs, neighbouring outputs twice, halves of a strand.
@@ -113,6 +113,7 @@ template <int bits>
 [[gnu::flatten]] void decode_strands(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const LevelTable<bits> table;
     for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), decoded += kGroupTiles * kTileWeights) {
+        prefetch_group<bits>(packed, tiles, 0);
         const Strands<bits> strands(packed);
         __m512i half[2][2][4];  // [first or last four outputs of a strand][strands 0 to 3 or 4 to 7]
         repeat<2, 4>([&](auto i, auto m) {
@@ -152,28 +153,41 @@ template <int bits, int rows, int first, int count>
     repeat<rows, count>([&](auto r, auto i) { joined[r][first + i] = _mm512_add_epi32(joined[r][first + i], join_sums(sum[r][0][i], sum[r][1][i])); });
 }
 
-// Any number of rows of activations. The more there are at once, the fewer outputs fit into registers, so the groups of a chunk are passed several times.
-template <int bits>
-[[gnu::flatten]] void packed_strands(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) {
-    in_blocks<kStrandBlock>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, at_once = rows > 4 ? 1 : rows > 2 ? 2 : 4;
-        alignas(64) int8_t ordered[rows][kChunkInputs];
+// A row of tiles for `rows` tokens. The more there are at once, the fewer outputs fit into registers, so the groups of a chunk are passed several times.
+template <int bits, int rows>
+[[gnu::flatten]] void strand_tokens(const TileRows& w, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride) {
+    constexpr int at_once = rows > 4 ? 1 : rows > 2 ? 2 : 4, chunk = kChunkInputs / kTileInputs;
+    alignas(64) int8_t ordered[rows][kChunkInputs];
+    __m512 total[rows][4];
+    repeat<rows, 4>([&](auto r, auto i) { total[r][i] = _mm512_setzero_ps(); });
+    for (int64_t segment = 0, begin = 0, end; begin < w.tiles; segment++, begin = end) {
+        end = std::min(begin + segment_tiles, w.tiles);
         __m512i joined[rows][4];
         repeat<rows, 4>([&](auto r, auto i) { joined[r][i] = _mm512_setzero_si512(); });
-        for (int64_t t = 0; t < tiles; t += kChunkInputs / kTileInputs) {
-            const int64_t inputs = std::min<int64_t>(kChunkInputs, (tiles - t) * kTileInputs);
+        for (int64_t t = begin; t < end; t += chunk) {
+            const int64_t tiles = std::min<int64_t>(chunk, end - t), inputs = tiles * kTileInputs;
             for (int r = 0; r < rows; r++)
-                for (int64_t k = 0; k < inputs; k += kGroupInputs)
-                    _mm_store_si128(reinterpret_cast<__m128i*>(ordered[r] + k), order_inputs(x.data + (first + r) * x.stride + t * kTileInputs + k));
-            repeat<4 / at_once>([&](auto pass) {
-                add_groups<bits, rows, at_once * pass, at_once>(packed + t * tile_bytes(bits), inputs / kTileInputs, ordered, joined);
-            });
+                for (int64_t k = 0; k < inputs; k += 64) {
+                    const uint64_t valid = inputs - k >= 64 ? ~0ull : (1ull << (inputs - k)) - 1;
+                    _mm512_store_si512(ordered[r] + k, order_inputs(_mm512_maskz_loadu_epi8(valid, x.x.data + r * x.x.stride + t * kTileInputs + k)));
+                }
+            repeat<4 / at_once>([&](auto pass) { add_groups<bits, rows, at_once * pass, at_once>(w.packed + t * tile_bytes(bits), tiles, ordered, joined); });
         }
-        repeat<rows>([&](auto r) {
-            in_order(joined[r]);
-            int32_t* y = sums + (first + r) * kTileOutputs;
-            repeat<4>([&](auto q) { _mm512_storeu_si512(y + 16 * q, _mm512_add_epi32(_mm512_loadu_si512(y + 16 * q), joined[r][q])); });
-        });
+        for (int r = 0; r < rows; r++) {
+            const int32_t* sums = x.sums + 2 * (r * x.step + segment);
+            const __m512i bias = _mm512_set1_epi32(-kBias * (sums[0] + sums[1]));
+            const __m512 scale = _mm512_set1_ps(x.scales[r * x.step + segment]);
+            for (int i = 0; i < 4; i++) total[r][i] = _mm512_add_ps(total[r][i], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_add_epi32(bias, joined[r][i]))));
+        }
+    }
+    for (int r = 0; r < rows; r++) store_in_order(total[r], y + r * y_stride);
+}
+
+template <int bits>
+void tokens_product(const TileRows& w, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride) {
+    in_blocks<kTokensAtOnce>(x.x.count, [&](auto tokens, int64_t m) {
+        const SegmentedRows block = {{x.x.data + m * x.x.stride, x.x.stride, tokens}, x.sums + 2 * m * x.step, x.scales + m * x.step, x.step};
+        strand_tokens<bits, tokens>(w, segment_tiles, block, y + m * y_stride, y_stride);
     });
 }
 
@@ -192,7 +206,7 @@ template <int bits, int rows>
         __m512i sum[rows][8];
         repeat<rows, 8>([&](auto row, auto m) { sum[row][m] = _mm512_setzero_si512(); });
         for (int64_t t = first; t < last; t += kGroupTiles, at += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
-            const __m512i ordered = _mm512_broadcast_i32x4(order_inputs(input));
+            const __m512i ordered = order_inputs(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(input))));
             const __m512i pair[2] = {_mm512_unpacklo_epi64(ordered, ordered), _mm512_unpackhi_epi64(ordered, ordered)};
             repeat<rows>([&](auto row) {
                 prefetch_group<bits>(at + row * stride, (w.tiles - t) * tile_bytes(bits), (rows - 1) * stride);
@@ -209,12 +223,7 @@ template <int bits, int rows>
             total[row][i] = _mm512_add_ps(total[row][i], _mm512_mul_ps(scale, exact));
         });
     }
-    repeat<rows>([&](auto row) {
-        __m512i ordered[4];
-        repeat<4>([&](auto i) { ordered[i] = _mm512_castps_si512(total[row][i]); });
-        in_order(ordered);
-        repeat<4>([&](auto i) { _mm512_storeu_si512(y + row * kTileOutputs + 16 * i, ordered[i]); });
-    });
+    repeat<rows>([&](auto row) { store_in_order(total[row], y + row * kTileOutputs); });
 }
 
 template <int bits>

@@ -207,8 +207,7 @@ const KernelTable kAvx512VbmiKernels = {
     "avx512vbmi", kBias, kFusedRows,
     {decode_tiles<SplitDecoder>, decode_tiles<TrellisDecoder<6>>, decode_tiles<TrellisDecoder<7>>, decode_tiles<TrellisDecoder<8>>,
      decode_strands<6>, decode_strands<7>, decode_strands<8>},
-    {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>,
-     packed_strands<6>, packed_strands<7>, packed_strands<8>},
+    {packed_product<SplitDecoder>, packed_product<TrellisDecoder<6>>, packed_product<TrellisDecoder<7>>, packed_product<TrellisDecoder<8>>},
     {nullptr, segment_product<TrellisDecoder<6>>, segment_product<TrellisDecoder<7>>, segment_product<TrellisDecoder<8>>,
      strands_product<6>, strands_product<7>, strands_product<8>},
     add_decoded,
@@ -216,6 +215,7 @@ const KernelTable kAvx512VbmiKernels = {
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx512,
     &kModelSteps,
+    {tokens_product<6>, tokens_product<7>, tokens_product<8>},
 };
 
 }  // namespace septet

@@ -17,7 +17,7 @@ constexpr int tile_bytes(int bits) { return kTilePairs / 8 * bits; }
 // How the stream of a tile becomes fields or levels. Strands: trellis tiles arranged in groups of four (arrange.h), so kernels begin and end between groups;
 // a set may have no kernels for them (nullptr).
 enum Decoding { kSplit7, kTrellis6, kTrellis7, kTrellis8, kStrands6, kStrands7, kStrands8, kDecodings };
-constexpr int kGroupTiles = 4, kFusedStrandRows = 16;
+constexpr int kGroupTiles = 4;
 
 // Activations: `count` rows, `stride` elements apart.
 struct Rows { const int8_t* data; int64_t stride; int64_t count; };
@@ -45,10 +45,14 @@ struct SegmentedRows { Rows x; const int32_t* sums; const float* scales; int64_t
 // y [x.count][64] = y + scale * float32(decoded @ x, the level_bias taken off), for one segment.
 using AddSegment = void (*)(const uint8_t* decoded, int64_t tiles, const SegmentedRows& x, float* y);
 
+// A row of tiles in strands for some tokens, all segments: y[m*y_stride + 64] as SegmentProduct. x.sums and x.scales begin at the first segment.
+using TokensProduct = void (*)(const TileRows& row, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride);
+constexpr int kFusedTokens = 8;  // most tokens for which that is faster than decoding into a buffer
+
 struct KernelTable {
     const char* name;
     int level_bias;        // 0: decoded levels are int8; 128: they are uint8, level + 128
-    int64_t fused_rows;    // most rows for which packed_product is the faster way, of strands kFusedStrandRows; 0: there is none
+    int64_t fused_rows;    // most rows packed_product takes; 0: there is none
 
     DecodeTiles decode[kDecodings];
     PackedProduct packed_product[kDecodings];
@@ -81,6 +85,7 @@ struct KernelTable {
 
     const ViterbiKernel* viterbi;
     const ModelSteps* model;
+    TokensProduct tokens_product[3] = {};  // of kStrands6 to kStrands8; sets without decode of those have none
 };
 
 extern const KernelTable kScalarKernels;

@@ -94,12 +94,9 @@ private:
     Array<int32_t> sums_;
 };
 
-// Rows of activations that are worth decoding for on the way; for more, tiles are decoded into a buffer.
-int64_t fused_rows(const KernelTable& kernels, const Matrix& w) { return w.decoding >= kStrands6 ? kFusedStrandRows : kernels.fused_rows; }
-
 // sums [x.count][64] += the tiles of a piece @ x.
 void accumulate(const KernelTable& kernels, const Matrix& w, int64_t row, const Piece& piece, Rows x, int32_t* sums) {
-    if (x.count <= fused_rows(kernels, w)) return kernels.packed_product[w.decoding](w.tile(row, piece.first_tile), piece.tiles, x, sums);
+    if (x.count <= kernels.fused_rows && w.decoding < kStrands6) return kernels.packed_product[w.decoding](w.tile(row, piece.first_tile), piece.tiles, x, sums);
     alignas(64) uint8_t decoded[kChunkTiles * kTileWeights];
     for (int64_t t = 0; t < piece.tiles; t += kChunkTiles) {
         const int64_t tiles = std::min(kChunkTiles, piece.tiles - t);
@@ -195,7 +192,14 @@ void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_a
             at_once({w.tile(first, 0), last - first, w.columns}, row, y + first * kTileOutputs);
         });
     }
-    if (kernels.add_decoded != nullptr && x.tokens > fused_rows(kernels, w) && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
+    if (w.decoding >= kStrands6 && x.tokens <= kFusedTokens) {
+        const SegmentedRows rows{{x.values, w.inputs(), x.tokens}, segments.sums(0, 0), x.scales, segments.count()};
+        return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; row++)
+                kernels.tokens_product[w.decoding - kStrands6]({w.tile(row, 0), 1, w.columns}, x.segment / kTileInputs, rows, y + row * kTileOutputs, w.outputs());
+        });
+    }
+    if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
         return multiply_segments(kernels, w, x, segments, y, threads);
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
