@@ -69,7 +69,7 @@ inline __m512i broadcast_eight(const int8_t* x) {
 
 // Asks memory ahead; where the row ends before that, what is read next lies `skip` bytes further.
 template <int bits>
-inline void prefetch_group(const uint8_t* group, int64_t left, int64_t skip) {
+inline void prefetch_group(const uint8_t* group, int64_t left = 0, int64_t skip = 0) {
     constexpr int line = 64, ahead = 3072;
     group += ahead + (left > ahead ? 0 : skip);
     for (int i = 0; i < bits; i++) __builtin_prefetch(group + i * line);
@@ -113,7 +113,7 @@ template <int bits>
 [[gnu::flatten]] void decode_strands(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const LevelTable<bits> table;
     for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupTiles * tile_bytes(bits), decoded += kGroupTiles * kTileWeights) {
-        prefetch_group<bits>(packed, tiles, 0);
+        prefetch_group<bits>(packed);
         const Strands<bits> strands(packed);
         __m512i half[2][2][4];  // [first or last four outputs of a strand][strands 0 to 3 or 4 to 7]
         repeat<2, 4>([&](auto i, auto m) {
@@ -139,7 +139,7 @@ template <int bits, int rows, int first, int count>
     __m512i sum[rows][2][count];
     repeat<rows, count>([&](auto r, auto i) { sum[r][0][i] = sum[r][1][i] = _mm512_setzero_si512(); });
     for (int64_t input = 0; input < tiles * kTileInputs; input += kGroupInputs, packed += kGroupTiles * tile_bytes(bits)) {
-        if (first == 0) prefetch_group<bits>(packed, tiles, 0);
+        if (first == 0) prefetch_group<bits>(packed);
         const Strands<bits> strands(packed);
         repeat<2, count>([&](auto half, auto i) {
             repeat<2>([&](auto part) {

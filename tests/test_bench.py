@@ -23,7 +23,7 @@ MODEL_ROW = {"model", "engine", "type", "threads", "prefill_tok_per_s", "decode_
 def test_kernel_rows() -> None:
     options = ["--sizes", "130x70,64x128", "--codes", "trellis,split,int8", "--tokens", "1,3", "--threads", "1", "--rounds", 2]
     rows = septet_json("bench", "kernels", *options)["rows"]
-    assert len(rows) == 2 * 2 * (2 + 1 + 2)
+    assert len(rows) == 2 * 2 * (3 + 1 + 2)
     assert {row["code"] for row in rows} == {"trellis", "split", "int8"} and {row["tokens"] for row in rows} == {1, 3}
     for row in rows:
         assert KERNEL_ROW <= row.keys() and row["gweight_per_s"] > 0 and row["bandwidth_fraction"] > 0
@@ -40,7 +40,7 @@ def test_builds_take_turns() -> None:
     rows = measure_kernels([KernelCase("split", 64, 65), KernelCase("trellis", 66, 64, tokens=2)], rounds=3, builds=builds)
     assert [row["backend"] for row in rows if row["code"] == "split"] == builds
     assert [(row["backend"], row["name"]) for row in rows if row["code"] == "trellis"] == [
-        (build, name) for build in builds for name in ("product", "layer")
+        (build, name) for build in builds for name in ("product", "layer", "arranged") if name != "arranged" or "native" in build
     ]
     for row in rows:
         assert KERNEL_ROW <= row.keys() and row["of_first"] > 0 and row["threads"] == 1

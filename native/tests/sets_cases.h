@@ -247,6 +247,23 @@ struct OwnLayer {
     }
 };
 
+// Layers in the order that the set in use has for them.
+inline void arranged_layers(Results& results, Random& random) {
+    for (int bits = 6; bits <= 8; bits++)
+        for (int64_t tokens : {1, 2, 4, 5, 9, 17})
+            for (int64_t inputs : {96, 1184}) {
+                OwnLayer own(random, SEPTET_TRELLIS, bits, inputs, 192);
+                std::vector<uint8_t> arranged(own.weight.size());
+                const std::vector<float> x = random.floats(tokens * inputs, -1, 1);
+                std::vector<float> wanted(static_cast<size_t>(tokens * 192)), found(wanted.size());
+                require(septet_linear(&own.layer, x.data(), tokens, SEPTET_ACTIVATIONS_INT8, wanted.data(), 1));
+                require(septet_arrange(&own.layer, arranged.data()));
+                require(septet_linear(&own.layer, x.data(), tokens, SEPTET_ACTIVATIONS_INT8, found.data(), 1));
+                if (found != wanted) require(SEPTET_ERROR_RANGE);
+                results.add("arranged layer", found);
+            }
+}
+
 // A small model: logits of a text in one call, then token by token.
 inline void run_engine(Results& results, Random& random, int cache, int head_code, int64_t tokens) {
     constexpr int64_t hidden = 64, inner = 96, heads = 4, kv_heads = 2, dim = 16, vocabulary = 70, layers = 2;
@@ -303,6 +320,7 @@ inline Results run_cases() {
     float_products(results, random);
     prepare_activations(results, random);
     encode(results, random);
+    arranged_layers(results, random);
     run_engine(results, random, SEPTET_FLOAT16, SEPTET_INT8, 260);  // a page of the cache and a bit
     run_engine(results, random, SEPTET_FLOAT32, SEPTET_FLOAT16, 20);
     return results;

@@ -117,9 +117,9 @@ def measure_kernels(
         builds: names for KernelBuild; they take turns in every round.
 
     Returns:
-        A row per case, name ("product", "layer", "arranged") and build: name, code, backend, k, n, tokens, threads, gweight_per_s, gb_per_s (of
-        packed weights), bandwidth_gb_per_s (of the plain sum), bandwidth_fraction, of_first (speed in units of the first build's in
-        the same round), and spread, the range of gweight_per_s over its median.
+        A row per case, name ("product", "layer", "arranged") and build: name, code, backend, k, n, tokens, threads, gweight_per_s,
+        gb_per_s (of packed weights), bandwidth_gb_per_s (of the plain sum), bandwidth_fraction, of_first (speed in units of the first
+        build's in the same round), and spread, the range of gweight_per_s over its median.
 
     Raises:
         OptionError: `rounds` is too small, or there is no such build.

@@ -1,0 +1,122 @@
+"""Layers whose weights were copied in an instruction set's own order: the same bits as those in the stored order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import layers
+from native_cases import SETS, equal, native
+from septet import _native
+from septet.errors import ShapeError
+from septet.kernels import LayerWeights, reference
+from variants import chosen
+
+#: outputs, inputs, size of the input blocks; the first three are groups of four tiles, one or odd numbers of rows.
+SIZES = [(64, 16, 16), (70, 576, 64), (320, 2064, 16), (65, 130, 2), (64, 60, 4), (64, 24, 8)]
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 130)
+
+
+def trellis(rng: np.random.Generator, bits: int, size: tuple[int, int, int], segment: str) -> LayerWeights:
+    outputs, inputs, block = size
+    return layers.trellis_layer(rng, bits, outputs, inputs, (block, 2 if outputs % 2 == 0 else 1), activation_segment=segment)
+
+
+def run(layer: object, x: np.ndarray, activations: str = "int8", threads: int = 2) -> np.ndarray:
+    return native.linear_trellis(x, layer, activations, threads)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("segment", ["token", "block"])
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_same_bits_as_the_stored_order(rng: np.random.Generator, name: str, segment: str, bits: int) -> None:
+    with chosen("native", name):
+        for size in SIZES:
+            layer = trellis(rng, bits, size, segment)
+            stored, arranged, known = native.prepare(layer), native.prepare(layer, arrange=True), reference.prepare(layer)
+            for tokens in TOKENS:
+                x = rng.standard_normal((tokens, size[1])).astype(np.float32)
+                equal(run(arranged, x), run(stored, x))
+                equal(run(arranged, x, "float"), run(stored, x, "float"))
+                if tokens in (1, 5):
+                    equal(run(arranged, x), reference.linear_trellis(x, known, "int8"))
+
+
+@pytest.mark.parametrize("segment", ["token", "block"])
+def test_long_rows_and_every_activation(rng: np.random.Generator, segment: str) -> None:
+    """More inputs than any buffer holds, the largest levels and sums, NaN and infinity."""
+    layer = layers.trellis_layer(rng, 7, 192, 8192, (256, 64), activation_segment=segment)
+    arranged, stored = native.prepare(layer, arrange=True), native.prepare(layer)
+    for tokens in (1, 3, 8, 20):
+        x = rng.standard_normal((tokens, 8192)).astype(np.float32)
+        equal(run(arranged, np.sign(x)), run(stored, np.sign(x)))
+        x[tokens // 2, 5000] = np.nan
+        x[tokens // 3, 300] = -np.inf
+        equal(run(arranged, x), run(stored, x))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_another_set_changes_nothing_later(rng: np.random.Generator, name: str) -> None:
+    layer = layers.trellis_layer(rng, 7, 128, 256, (256, 64), activation_segment="block")
+    x = rng.standard_normal((5, 256)).astype(np.float32)
+    with chosen("native", name):
+        arranged = native.prepare(layer, arrange=True)
+    wanted = run(native.prepare(layer), x)
+    for other in SETS:
+        with chosen("native", other):
+            equal(run(arranged, x), wanted)
+
+
+def test_the_copy_stands_alone_and_moves_as_it_is(rng: np.random.Generator) -> None:
+    layer = layers.trellis_layer(rng, 7, 128, 256, (256, 64))
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    arranged = native.prepare(layer, arrange=True)
+    wanted = run(arranged, x)
+    layer.packed[:] = 0
+    equal(run(arranged, x), wanted)
+    memory = np.zeros(layer.packed.nbytes, np.uint8)
+    again = arranged.kernel.arranged(memory)
+    equal(again.linear(x, False, 1), wanted)
+    with pytest.raises(ShapeError, match="as many bytes"):
+        arranged.kernel.arranged(memory[:-1])
+
+
+@pytest.mark.parametrize("code", ["split", "int8"])
+def test_other_codes_are_copied(rng: np.random.Generator, code: str) -> None:
+    layer = layers.split_layer(rng, 64, 64) if code == "split" else layers.int8_layer(rng, 64, 64, 64)
+    linear = getattr(native, f"linear_{code}")
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    wanted = linear(x, native.prepare(layer), "int8")
+    memory = np.empty(layer.packed.nbytes, np.uint8)
+    copied = native.prepare(layer).kernel.arranged(memory)
+    assert memory.tobytes() == layer.packed.tobytes()
+    equal(copied.linear(x, False, 1), wanted)
+
+
+@pytest.mark.skipif("avx512vbmi" not in SETS, reason="only AVX-512 VBMI has an order of its own; other machines cannot run it")
+def test_the_order_is_the_documented_one(rng: np.random.Generator) -> None:
+    """Per group of four tiles, uint16 [tile][half of strands][strand][word] -> [word][strand][half][tile]; no byte more or less."""
+    layer = layers.trellis_layer(rng, 7, 128, 64, (64, 64))
+    memory = np.empty(layer.packed.nbytes, np.uint8)
+    with chosen("native", "avx512vbmi"):
+        native.prepare(layer).kernel.arranged(memory)
+    words = layer.packed.view("<u2").reshape(-1, 4, 2, 4, 7).transpose(0, 4, 3, 2, 1)
+    np.testing.assert_array_equal(memory, np.ascontiguousarray(words).view(np.uint8).reshape(-1))
+
+
+def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> None:
+    pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+    import engine_models
+    from septet.engine import Engine
+
+    directory = engine_models.quantized("llama-bias", tmp_path, head="trellis")
+    text = rng.integers(0, engine_models.VOCABULARY, 40).tolist()
+    engine = Engine.load(directory, "int8")
+    wanted = engine.logits(text)
+    for name in SETS:
+        with chosen("native", name):
+            engine.reset()
+            equal(engine.logits(text), wanted)
+    assert _native.instruction_set() == SETS[-1]
