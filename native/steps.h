@@ -152,9 +152,20 @@ inline void add_split(const int32_t* sums, const int32_t* x_sums, const SplitGro
     }
 }
 
+// Two streams with a prefetch each, which of all combinations tried read fastest.
 inline uint64_t read_sum(const uint64_t* data, int64_t count) {
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += data[i];
+    constexpr int streams = 2, line = 8, ahead = 3072 / sizeof(uint64_t);
+    const int64_t each = count / (streams * line) * line;
+    uint64_t sums[streams][line] = {}, sum = 0;
+    for (int64_t i = 0; i < each; i += line)
+        for (int s = 0; s < streams; s++) {
+            const uint64_t* at = data + s * each + i;
+            __builtin_prefetch(at + ahead);
+            for (int j = 0; j < line; j++) sums[s][j] += at[j];
+        }
+    for (const auto& stream : sums)
+        for (const uint64_t part : stream) sum += part;
+    for (int64_t i = streams * each; i < count; i++) sum += data[i];
     return sum;
 }
 
