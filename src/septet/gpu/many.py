@@ -33,9 +33,10 @@ _THREADS, _STAGE_BYTES = 384, 32 << 10
 _INPUT_THREADS = 256
 #: Hadamard blocks of outputs that dense.cu rotates, and of inputs that inputs.cu rotates.
 _FUSED_BLOCK = 256
-#: Levels of a slab that the L2 keeps, more or less, until they are multiplied. Where _SHARING rows of blocks or more read the same levels
-#: at the same time, memory keeps up with slabs _LARGER times as large: fewer launches, and no sums between them. Measured on an H100.
-_SLAB_BYTES, _SHARING, _LARGER = 32 << 20, 4, 4
+#: Levels of a slab that the L2 keeps, more or less, until they are multiplied. Where one wave of blocks reads all of them, memory keeps up
+#: with slabs _LARGER times as large, if _SHARING rows of blocks read the same ones or the matrix has _MATRIX slabs: fewer launches, and no
+#: sums between them. Measured on an H100.
+_SLAB_BYTES, _SHARING, _MATRIX, _LARGER = 32 << 20, 4, 2, 4
 #: What `plan` weighs, in microseconds, measured on an H100: a step of all blocks, two launches; and bytes of sums moved in one.
 _STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.48, 10.0, 4e6
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -118,9 +119,10 @@ def plan(inputs: int, outputs: int, rows: int, quantum: int, processors: int) ->
         processors: multiprocessors.
     """
     across, down, wave = -(-outputs // _OUTPUTS), -(-rows // _ROWS), processors // 2
+    larger = down >= _SHARING or inputs * outputs >= _MATRIX * _SLAB_BYTES
     best = math.inf, Slab(outputs, inputs)
     for pairs in range(1, across + 1):
-        slab_bytes = _SLAB_BYTES * (_LARGER if down >= _SHARING and pairs * down <= wave else 1)
+        slab_bytes = _SLAB_BYTES * (_LARGER if larger and pairs * down <= wave else 1)
         slab_inputs = min(inputs, max(1, slab_bytes // (pairs * _OUTPUTS * quantum)) * quantum)
         # slabs along the inputs of equal size
         cuts = -(-inputs // slab_inputs)
