@@ -8,7 +8,8 @@
 // empty, and left empty: no fence, no counter. Blocks wait only for blocks before them, which have begun earlier.
 //
 // Nothing but the inputs comes from the launch before, so a block begins with everything else while that one ends: tables, weights, and
-// decoding STORED units of each warp. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and one of this.
+// decoding STORED units of each warp, and if any, one more. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and
+// one of this.
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..2 (with PLACES 1); BLOCKS 1|2.
 
@@ -279,19 +280,18 @@ struct Memory {
           meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
 };
 
-// The first units of a warp, decoded; `w` is then the next.
-__device__ __forceinline__ void store_units(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
-    const Lookup& lookup, int lane) {
+// The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next.
+__device__ __forceinline__ void decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
+    Operands& ahead, const Lookup& lookup, int lane) {
     #pragma unroll 1
-    for (int i = 0; i < min(STORED, left); i++) {
+    for (int i = 0; i < min(STORED + 1, left); i++) {
         u32 next[kWords];
         if (i + 1 < left) {
             walk.step(l, share);
             walk.load(next, lane);
         }
-        Operands operands;
-        decode_unit(operands, w, lookup, lane);
-        Store(i, threadIdx.x / 32, lane).put(operands);
+        decode_unit(ahead, w, lookup, lane);
+        if (i < STORED) Store(i, threadIdx.x / 32, lane).put(ahead);
         #pragma unroll
         for (int j = 0; j < kWords; j++) w[j] = next[j];
     }
@@ -299,7 +299,7 @@ __device__ __forceinline__ void store_units(const LayerArguments& l, const Share
 
 // The sums of a warp's units.
 __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords],
-    const Lookup& lookup, const Memory& memory, int lane) {
+    const Operands& ahead, const Lookup& lookup, const Memory& memory, int lane) {
     const int g = lane >> 2, warp = threadIdx.x >> 5;
     const uint4* inputs = (const uint4*)(memory.values + (g < l.tokens ? g : 0) * 64 * l.units) + (lane & 3);
     const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
@@ -315,6 +315,12 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
         here.step(l, share);
     }
     left -= STORED;
+    if (STORED && left > 0) {
+        multiply_operands(row.sums, ahead, inputs_at(here.unit));
+        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || left == 1, lane);
+        here.step(l, share);
+        left--;
+    }
     uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
     if (left > 0) x4 = inputs_at(here.unit);
     #pragma unroll 1
@@ -350,7 +356,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     const Memory memory(l, pieces * kGroupRows);
     const Lookup lookup = {address_parts(lane), (u32)l.one};
     __syncthreads();
-    store_units(l, share, walk, left, w, lookup, lane);
+    Operands ahead;
+    if (STORED) decode_first(l, share, walk, left, w, ahead, lookup, lane);
     wait_for_inputs();
     // who has least to do with inputs
     if (warp == WARPS - 1)
@@ -362,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
         prepare_inputs(memory.values, memory.scales, tops, l, share.k, min(share.count, l.units), segments);
     }
     __syncthreads();
-    multiply_units(l, share, walk, left, w, lookup, memory, lane);
+    multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
     __syncthreads();
     // the last first: other blocks wait for it, or none
     int turn = 0;
