@@ -173,7 +173,7 @@ typedef struct septet_layer {
     int64_t output_block;      /* trellis: rotation of the outputs, before scale; 1 for none */
     int64_t group_size;        /* split: inputs per group, 0 for one group; else ignored */
     int64_t segment;           /* trellis: inputs per activation scale, 0 for one scale per token; else ignored */
-    const void* arranged_for;  /* NULL, or what septet_arrange wrote here */
+    const void* arranged_for;  /* NULL, or what septet_arrange of this library wrote here */
 } septet_layer;
 
 /* Copies the weights of a layer of code split, trellis or int8 to `weight`, as many bytes, which must not overlap them and are best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import layers
 from native_cases import SETS, equal, native
 from septet import _native
 from septet.errors import ShapeError
-from septet.kernels import LayerWeights, reference
-from variants import chosen
+from septet.kernels import LayerWeights, fortran_library, reference
+from variants import chosen, variants
 
 #: outputs, inputs, size of the input blocks; the first three are groups of four tiles, one or odd numbers of rows.
 SIZES = [(64, 16, 16), (70, 576, 64), (320, 2064, 16), (65, 130, 2), (64, 60, 4), (64, 24, 8)]
@@ -93,6 +94,28 @@ def test_other_codes_are_copied(rng: np.random.Generator, code: str) -> None:
     copied = native.prepare(layer).kernel.arranged(memory)
     assert memory.tobytes() == layer.packed.tobytes()
     equal(copied.linear(x, False, 1), wanted)
+
+
+@pytest.mark.parametrize("code", ["trellis", "split", "int8"])
+@pytest.mark.parametrize("compiler", variants("fortran"))
+def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: str) -> None:
+    from septet.kernels import fortran
+
+    make = {
+        "trellis": lambda: trellis(rng, 6, SIZES[1], "block"),
+        "split": lambda: layers.split_layer(rng, 70, 66),
+        "int8": lambda: layers.int8_layer(rng, 7, 64, 64),
+    }
+    layer = make[code]()
+    memory = np.zeros(layer.packed.nbytes, np.uint8)
+    library = fortran_library.open_library(compiler)[1]
+    structure = fortran.prepare(layer).structure
+    assert library.septet_arrange(ctypes.byref(structure), None) == 1
+    assert library.septet_arrange(ctypes.byref(structure), ctypes.c_void_p(memory.ctypes.data)) == 0
+    assert structure.weight == memory.ctypes.data and not structure.arranged_for
+    assert memory.tobytes() == layer.packed.tobytes()
+    structure.arranged_for = memory.ctypes.data
+    assert library.septet_arrange(ctypes.byref(structure), ctypes.c_void_p(memory.ctypes.data)) == 6
 
 
 @pytest.mark.skipif("avx512vbmi" not in SETS, reason="only AVX-512 VBMI has an order of its own; other machines cannot run it")

@@ -45,6 +45,7 @@ class Layer(ctypes.Structure):
         ("code", ctypes.c_int), ("bits", ctypes.c_int), ("in_features", ctypes.c_int64), ("out_features", ctypes.c_int64),
         ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("input_scale", ctypes.c_void_p),
         ("input_block", ctypes.c_int64), ("output_block", ctypes.c_int64), ("group_size", ctypes.c_int64), ("segment", ctypes.c_int64),
+        ("arranged_for", ctypes.c_void_p),
     ]  # fmt: skip
 
 

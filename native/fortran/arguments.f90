@@ -2,12 +2,12 @@
 module septet_arguments
   use, intrinsic :: iso_c_binding, only: c_associated, c_f_pointer, c_int, c_int8_t, c_int64_t, c_ptr
   use septet_activations, only: segment_count
-  use septet_checks, only: check_sizes, fits, is_block, null_pointer, ok, wrong_block, wrong_group, wrong_size
+  use septet_checks, only: check_sizes, fits, is_block, null_pointer, ok, wrong_block, wrong_code, wrong_group, wrong_size
   use septet_codes, only: tile_inputs, tile_outputs
   use septet_layers, only: code_int8, code_split, code_trellis, layer, padded_inputs
   implicit none
   private
-  public :: septet_activations_of, open_tiles, open_split, open_rows, open_layer
+  public :: septet_activations_of, open_tiles, open_split, open_rows, open_layer, copy_weights
 
   type, bind(C) :: septet_tiles
     type(c_ptr) :: packed
@@ -35,6 +35,7 @@ module septet_arguments
     integer(c_int64_t) :: in_features, out_features
     type(c_ptr) :: weight, scale, offset, input_scale
     integer(c_int64_t) :: input_block, output_block, group_size, segment
+    type(c_ptr) :: arranged_for
   end type septet_layer
 
 contains
@@ -129,6 +130,8 @@ contains
     l%output_block = stored%output_block
     if (.not. (c_associated(stored%weight) .and. c_associated(stored%scale))) return
     error = check_sizes(l%code, l%bits, l%inputs, l%outputs)
+    ! there is no other order here, so another library has arranged them
+    if (error == ok .and. c_associated(stored%arranged_for)) error = wrong_code
     if (error /= ok) return
     if (.not. is_block(l%input_block, l%inputs)) error = wrong_block
     if (l%code == code_trellis .and. .not. is_block(l%output_block, l%outputs)) error = wrong_block
@@ -150,4 +153,20 @@ contains
       call c_f_pointer(stored%scale, l%scale, [l%outputs, 1_c_int64_t])
     end if
   end subroutine open_layer
+
+  !> Copies the weights of a layer and makes it point to the copy
+  subroutine copy_weights(pointer, weight, error)
+    type(c_ptr), intent(in) :: pointer, weight
+    integer(c_int), intent(out) :: error
+    type(layer) :: l
+    type(septet_layer), pointer :: stored
+    integer(c_int8_t), pointer, contiguous :: to(:, :, :)
+    call open_layer(pointer, l, error)
+    if (error == ok .and. .not. c_associated(weight)) error = null_pointer
+    if (error /= ok) return
+    call c_f_pointer(weight, to, shape(l%weight, c_int64_t))
+    to = l%weight
+    call c_f_pointer(pointer, stored)
+    stored%weight = weight
+  end subroutine copy_weights
 end module septet_arguments

@@ -7,7 +7,7 @@ module septet_interface
   use, intrinsic :: iso_c_binding, only: c_associated, c_char, c_f_pointer, c_float, c_int, c_int8_t, c_int16_t, c_int32_t, &
                                          c_int64_t, c_loc, c_null_char, c_ptr
   use septet_activations, only: quantize, rotate, segment_count
-  use septet_arguments, only: open_layer, open_rows, open_split, open_tiles, septet_activations_of
+  use septet_arguments, only: copy_weights, open_layer, open_rows, open_split, open_tiles, septet_activations_of
   use septet_checks, only: check_matrix, check_stream, is_block, no_memory, null_pointer, ok, wrong_block, wrong_code, &
                            wrong_group, wrong_range, wrong_size, wrong_threads
   use septet_codes, only: pack_tile, split_fields, tile_inputs, tile_outputs, tile_pairs, trellis_tile, unpack_tile, window_levels
@@ -357,6 +357,11 @@ contains
   end function multiply_float
 
   ! --- a whole layer -----------------------------------------------------------------------------------------------------
+
+  integer(c_int) function septet_arrange(stored, weight) result(error) bind(C)
+    type(c_ptr), value, intent(in) :: stored, weight
+    call copy_weights(stored, weight, error)
+  end function septet_arrange
 
   integer(c_int) function septet_linear(stored, x, tokens, activations, y, threads) result(error) bind(C)
     type(c_ptr), value, intent(in) :: stored, x, y

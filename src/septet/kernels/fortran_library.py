@@ -70,6 +70,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("in_features", "out_features")),
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "offset", "input_scale")),
         *((name, ctypes.c_int64) for name in ("input_block", "output_block", "group_size", "segment")),
+        ("arranged_for", ctypes.c_void_p),
     ]
 
 
