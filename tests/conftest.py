@@ -72,6 +72,7 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name it again where a reader looks."""
     covered = covered_backends()
+    terminalreporter.write_line(f"{EXPECT_VARIABLE} demands: {', '.join(sorted(os.environ.get(EXPECT_VARIABLE, 'nothing').split(',')))}")
     terminalreporter.write_line(f"septet backends covered: {', '.join(covered)}")
     absent = [name for name in (*FRAMEWORKS, *GPUS) if name not in covered]
     terminalreporter.write_line(f"not here, so their tests are skipped: {', '.join(absent) or 'nothing'}")

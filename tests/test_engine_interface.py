@@ -10,6 +10,7 @@ import pytest
 from septet import _native
 from septet.errors import CheckpointError, OptionError, ShapeError
 from septet.kernels import native
+from septet.kernels.fortran_library import Layer
 from test_native_interface import Guarded
 
 LIBRARY = ctypes.CDLL(_native.__file__)
@@ -37,15 +38,6 @@ class Shape(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("activations", ctypes.c_int),
         ("cache", ctypes.c_int),
-    ]  # fmt: skip
-
-
-class Layer(ctypes.Structure):
-    _fields_ = [
-        ("code", ctypes.c_int), ("bits", ctypes.c_int), ("in_features", ctypes.c_int64), ("out_features", ctypes.c_int64),
-        ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("input_scale", ctypes.c_void_p),
-        ("input_block", ctypes.c_int64), ("output_block", ctypes.c_int64), ("group_size", ctypes.c_int64), ("segment", ctypes.c_int64),
-        ("arranged_for", ctypes.c_void_p),
     ]  # fmt: skip
 
 

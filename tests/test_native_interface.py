@@ -16,7 +16,7 @@ import pytest
 from native_cases import SETS, SIZES, equal, instruction_set, native, padded, random_int8, random_packed  # noqa: F401
 from septet.codes import trellis_search
 from septet.errors import BackendUnavailableError, CodeRangeError, OptionError, ShapeError
-from septet.kernels import reference
+from septet.kernels import fortran_library, reference
 
 ROOT = Path(__file__).parent.parent
 NO_ACCESS = 0
@@ -236,10 +236,13 @@ def test_generated_tables_are_up_to_date() -> None:
     assert subprocess.run([sys.executable, "tools/generate_tables.py", "--check"], cwd=ROOT).returncode == 0
 
 
+HEADER = ROOT / "include" / "septet.h"
+STRUCTURES = [getattr(fortran_library, name) for name in ("Tiles", "Activations", "SplitScales", "Rows", "Layer")]
+
+
 def header_functions() -> set[str]:
     """Every function that include/septet.h declares."""
-    header = (ROOT / "include" / "septet.h").read_text()
-    return set(re.findall(r"^SEPTET_API [^(;]*?\b(septet_\w+)\(", header, flags=re.MULTILINE))
+    return set(re.findall(r"^SEPTET_API [^(;]*?\b(septet_\w+)\(", HEADER.read_text(), flags=re.MULTILINE))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -264,3 +267,13 @@ def test_search_with_other_levels(rng: np.random.Generator) -> None:
     levels[77, 1] = -128
     assert call("trellis_search", levels, fixed, 2, 7, symbols, 1) == call("trellis_encode", fixed + 4000, 2, 7, symbols, 1) == 7
     assert call("trellis_search", None, fixed, 2, 7, symbols, 1) == 1 and call("trellis_search", levels, fixed, 2, 9, symbols, 1) == 3
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structures_are_those_of_the_header(structure: type[ctypes.Structure]) -> None:
+    """Names and kinds of all fields, in order; a field that only one side knows would be read from beyond the end."""
+    name = structure.__doc__.rstrip(".")
+    kinds = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
+    body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", HEADER.read_text(), re.DOTALL).group(1)
+    fields = re.findall(r"^ +(?:const )?(\w+)(\*?) (\w+);", body, re.MULTILINE)
+    assert [(field, ctypes.c_void_p if star else kinds[kind]) for kind, star, field in fields] == structure._fields_

@@ -51,7 +51,9 @@ def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path) -> None:
         assert np.array_equal(found[group].inputs, known.inputs) and np.array_equal(found[group].drift, known.drift), group
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; above, processors stand in for them")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus; above, processors stand in"
+)
 def test_two_gpus_write_the_bytes_of_one() -> None:
     inputs, outputs = 576, [2048, 1024]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
@@ -73,7 +75,9 @@ def test_a_list_of_gpus_names_each_once() -> None:
     assert machine_of(0, "cpu").devices == ("cpu",)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; below, its kernels are compiled without")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; below, its kernels are compiled"
+)
 def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
     """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
     from septet.quantize_gpu import clusters, kernels

@@ -1,7 +1,7 @@
 """Products of the compiled backends beside each other, and beside the speed at which the same memory can be read.
 
 The weights are random: every byte string is a valid matrix, and kernels take the same time for any. A round times each build once,
-next to a plain sum over the very buffer that the products read, with the same threads; figures are medians over the rounds.
+next to a plain sum over the stored weights (for `arranged` a copy is as large), with the same threads; figures are medians over the rounds.
 `product` (not for split) is given quantized activations; `layer` rotates and quantizes its inputs and rotates its outputs too;
 `arranged` (native) is a layer whose weights were copied in the instruction set's own order, as engines keep them.
 One thread is timed in processor time, which other work on the machine stretches less than the time on the wall.

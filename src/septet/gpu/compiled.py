@@ -163,7 +163,14 @@ def fits(device: int) -> bool:
 
 @cache
 def product_kernel(device: int, bits: int, is_float: bool, tokens: int) -> Kernel:
-    """The kernel of product.cu, for float or int8 activations of at most 8, 16 or, int8 alone, 32 tokens."""
+    """The kernel of product.cu.
+
+    Args:
+        device: a GPU's index.
+        bits: bits per pair.
+        is_float: activations are pairs of float16, not int8.
+        tokens: at most so many, from `product_tokens`; 32 only with int8.
+    """
     places = 2 if is_float else _places(device)
     source = trellis_source("product.cu", bits=bits, is_float=is_float, tokens=tokens, places=places)
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
@@ -231,5 +238,5 @@ def activation_kernel(device: int, name: str, each: int, dtype: torch.dtype) -> 
 
 
 def workers_of(device: int, units: int, warps: int = WARPS) -> int:
-    """Warps that share the units of a layer: all that fit on the device, if there is a unit for each."""
+    """Warps that share the units of a layer: all that fit on the device, `warps` a multiprocessor, if there is a unit for each."""
     return min(processors_of(device) * warps, units)
