@@ -67,12 +67,10 @@ inline __m512i broadcast_eight(const int8_t* x) {
     return _mm512_set1_epi64(eight);
 }
 
-// Asks memory ahead; where the row ends before that, what is read next lies `skip` bytes further.
 template <int bits>
-inline void prefetch_group(const uint8_t* group, int64_t left = 0, int64_t skip = 0) {
+inline void prefetch_group(const uint8_t* group) {
     constexpr int line = 64, ahead = 3072;
-    group += ahead + (left > ahead ? 0 : skip);
-    for (int i = 0; i < bits; i++) __builtin_prefetch(group + i * line);
+    for (int i = 0; i < bits; i++) __builtin_prefetch(group + ahead + i * line);
 }
 
 template <int bits>
@@ -191,25 +189,25 @@ void tokens_product(const TileRows& w, int64_t segment_tiles, const SegmentedRow
     });
 }
 
-// Short segments would spend their time on sums if those were stored in between. Four rows of tiles side by side are four streams from memory: they read more
-// of its bandwidth than two, and cost nothing, although not all of their sums fit into registers.
+// A row of tiles of each of `rows` streams, whose rows lie `distance` rows apart. Short segments would spend their time on sums if those were stored in between.
+// Four streams read more of the memory's bandwidth than two, and cost nothing, although not all of their sums fit into registers.
 template <int bits, int rows>
-[[gnu::flatten]] void strand_rows(const TileRows& w, const SegmentedRow& x, float* y) {
+[[gnu::flatten]] void strand_rows(const uint8_t* packed, int64_t tiles, int64_t distance, const SegmentedRow& x, float* y) {
     const LevelTable<bits> table;
     __m512 total[rows][4];
     repeat<rows, 4>([&](auto row, auto i) { total[row][i] = _mm512_setzero_ps(); });
     const int8_t* input = x.data;
-    const uint8_t* at = w.packed;
-    const int64_t stride = w.tiles * tile_bytes(bits);
-    for (int64_t segment = 0, first = 0; first < w.tiles; segment++, first += x.segment_tiles) {
-        const int64_t last = first + x.segment_tiles < w.tiles ? first + x.segment_tiles : w.tiles;
+    const uint8_t* at = packed;
+    const int64_t stride = distance * tiles * tile_bytes(bits);
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t last = std::min(first + x.segment_tiles, tiles);
         __m512i sum[rows][8];
         repeat<rows, 8>([&](auto row, auto m) { sum[row][m] = _mm512_setzero_si512(); });
         for (int64_t t = first; t < last; t += kGroupTiles, at += kGroupTiles * tile_bytes(bits), input += kGroupInputs) {
             const __m512i ordered = order_inputs(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(input))));
             const __m512i pair[2] = {_mm512_unpacklo_epi64(ordered, ordered), _mm512_unpackhi_epi64(ordered, ordered)};
             repeat<rows>([&](auto row) {
-                prefetch_group<bits>(at + row * stride, (w.tiles - t) * tile_bytes(bits), (rows - 1) * stride);
+                prefetch_group<bits>(at + row * stride);
                 const Strands<bits> strands(at + row * stride);
                 repeat<kPairsOfStrand>([&](auto step) {
                     sum[row][step / 2] = _mm512_dpbusd_epi32(sum[row][step / 2], table.levels(strands.template window<step>()), pair[step % 2]);
@@ -223,13 +221,16 @@ template <int bits, int rows>
             total[row][i] = _mm512_add_ps(total[row][i], _mm512_mul_ps(scale, exact));
         });
     }
-    repeat<rows>([&](auto row) { store_in_order(total[row], y + row * kTileOutputs); });
+    repeat<rows>([&](auto row) { store_in_order(total[row], y + row * distance * kTileOutputs); });
 }
 
+// Each stream goes through a quarter of the rows, so that what it reads next follows what it has read, at the end of a row, too.
 template <int bits>
 void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
-    in_blocks<kRowsAtOnce>(w.count, [&](auto rows, int64_t first) {
-        strand_rows<bits, rows>({w.packed + first * w.tiles * tile_bytes(bits), rows, w.tiles}, x, y + first * kTileOutputs);
+    const int64_t each = w.count / kRowsAtOnce, together = each * kRowsAtOnce, row_bytes = w.tiles * tile_bytes(bits);
+    for (int64_t row = 0; row < each; row++) strand_rows<bits, kRowsAtOnce>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
+    in_blocks<kRowsAtOnce - 1>(w.count - together, [&](auto rows, int64_t) {
+        strand_rows<bits, rows>(w.packed + together * row_bytes, w.tiles, 1, x, y + together * kTileOutputs);
     });
 }
 

@@ -16,7 +16,9 @@ constexpr int64_t kChunkTiles = 64;        // decoded at once: 16 KiB of int8
 constexpr int64_t kFloatChunkTiles = 32;   // 32 KiB of float32
 constexpr int64_t kTokenBlock = 128;       // tokens that share one decoding: 32 KiB of sums
 constexpr int64_t kRowBlock = 64;          // rows of an int8 matrix at once
+constexpr int64_t kStreams = 4, kManyRows = 16;  // kernels read up to 4 rows of tiles side by side; with that many for each thread, threads share such groups
 constexpr int64_t kWeightsPerThread = 1 << 19, kWeightsPerAwakeThread = 1 << 15;  // below this, waking a thread costs more than it brings
+constexpr int64_t kWeightsPerPart = 1 << 18, kMostParts = 16;  // more parts even out threads of unequal speed; parts that take microseconds would cost more
 
 // Inputs of one segment: whole tiles of the weights, and where they begin in the activations.
 struct Piece { int64_t first_tile, tiles, offset; };
@@ -154,8 +156,12 @@ int worthwhile_threads(int threads, int64_t weights, int64_t tokens) {
 
 namespace {
 
+int parts_per_thread(int threads, int64_t weights, int64_t tokens) {
+    return static_cast<int>(std::clamp<int64_t>(weights * tokens / (threads * kWeightsPerPart), kPartsPerThread, kMostParts));
+}
+
 // Segments of whole tiles, short enough to lie in a chunk: decoded once for a block of tokens, and no sum goes through memory.
-void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet_activations& x, const Segments& segments, float* y, int threads) {
+void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet_activations& x, const Segments& segments, float* y, int threads, int parts) {
     const int64_t segment = x.segment / kTileInputs, at_once = kChunkTiles / segment * segment, count = segments.count();
     parallel_for(threads, w.rows, [&](int64_t first_row, int64_t last_row) {
         alignas(64) uint8_t decoded[kChunkTiles * kTileWeights];
@@ -177,30 +183,34 @@ void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet
                 for (int64_t m = 0; m < tokens; m++)
                     std::copy_n(results + m * kTileOutputs, kTileOutputs, y + (first + m) * w.outputs() + row * kTileOutputs);
             }
-    });
+    }, parts);
 }
 
 }  // namespace
 
 void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
     const Segments segments(kernels, x.values, x.tokens, w.inputs(), x.segment, false);
-    threads = worthwhile_threads(threads, w.inputs() * w.outputs(), x.tokens);
+    const int64_t weights = w.inputs() * w.outputs();
+    threads = worthwhile_threads(threads, weights, x.tokens);
+    const int parts = parts_per_thread(threads, weights, x.tokens);
     const SegmentProduct at_once = kernels.segment_product[w.decoding];
     if (at_once != nullptr && x.tokens == 1 && x.segment % kTileInputs == 0) {
         const SegmentedRow row{x.values, x.segment / kTileInputs, segments.sums(0, 0), x.scales};
-        return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
-            at_once({w.tile(first, 0), last - first, w.columns}, row, y + first * kTileOutputs);
-        });
+        const int64_t unit = w.rows < kManyRows * threads ? 1 : kStreams;
+        return parallel_for(threads, ceil_divide(w.rows, unit), [&](int64_t first, int64_t last) {
+            first *= unit;
+            at_once({w.tile(first, 0), std::min(last * unit, w.rows) - first, w.columns}, row, y + first * kTileOutputs);
+        }, parts);
     }
     if (w.decoding >= kStrands6 && x.tokens <= kFusedTokens) {
         const SegmentedRows rows{{x.values, w.inputs(), x.tokens}, segments.sums(0, 0), x.scales, segments.count()};
         return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; row++)
                 kernels.tokens_product[w.decoding - kStrands6]({w.tile(row, 0), 1, w.columns}, x.segment / kTileInputs, rows, y + row * kTileOutputs, w.outputs());
-        });
+        }, parts);
     }
     if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
-        return multiply_segments(kernels, w, x, segments, y, threads);
+        return multiply_segments(kernels, w, x, segments, y, threads, parts);
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
     });

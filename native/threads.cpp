@@ -18,8 +18,6 @@
 namespace septet {
 namespace {
 
-constexpr int kPartsPerThread = 4;  // so that a thread that starts late or is held up leaves its share to the others
-
 struct Job {
     RangeBody body;
     const void* context;
@@ -158,11 +156,11 @@ int number_from(const char* variable, bool list) {
 
 }  // namespace
 
-void run_ranges(int threads, int64_t count, RangeBody body, const void* context) {
+void run_ranges(int threads, int64_t count, int parts_per_thread, RangeBody body, const void* context) {
     if (count <= 0) return;
     threads = static_cast<int>(std::min<int64_t>(threads, count));
     if (threads <= 1) return body(context, 0, count);
-    Job job{body, context, count, std::min<int64_t>(count, static_cast<int64_t>(threads) * kPartsPerThread)};
+    Job job{body, context, count, std::min<int64_t>(count, static_cast<int64_t>(threads) * parts_per_thread)};
     pool().run(threads, job);
 }
 

@@ -12,8 +12,11 @@ constexpr int kMaxThreads = 1024;
 // requested 0: the default (septet_default_threads); returns an error number of septet.h.
 int resolve_threads(int requested, int* threads);
 
+// Parts for each thread, so that a thread that starts late or is held up leaves its share to the others.
+constexpr int kPartsPerThread = 4;
+
 using RangeBody = void (*)(const void* context, int64_t first, int64_t last);
-void run_ranges(int threads, int64_t count, RangeBody body, const void* context);
+void run_ranges(int threads, int64_t count, int parts_per_thread, RangeBody body, const void* context);
 
 // While one exists, workers that have finished a job look out for the next for some microseconds before they sleep, and small jobs are worth sharing:
 // for code that calls parallel_for again and again. It does nothing for one thread.
@@ -31,8 +34,8 @@ private:
 
 // Calls body(first, last) for ranges that cover 0 .. count - 1. The body must not throw.
 template <class Body>
-void parallel_for(int threads, int64_t count, const Body& body) {
-    run_ranges(threads, count, [](const void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); }, &body);
+void parallel_for(int threads, int64_t count, const Body& body, int parts_per_thread = kPartsPerThread) {
+    run_ranges(threads, count, parts_per_thread, [](const void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); }, &body);
 }
 
 }  // namespace septet
