@@ -48,8 +48,8 @@ SEPTET_API const char* septet_error_message(int error);
 
 /* --- instruction sets and threads ------------------------------------------------------------------------------------ */
 
-/* Name of set `index` = 0, 1, ... from the slowest to the fastest: scalar; of x86-64 avx2, avxvnni, avx512, avx512vbmi; of
- * AArch64 neon, neon-dotprod, neon-i8mm; NULL after the last. Every build lists all of them. */
+/* Name of set `index` = 0, 1, ... from the slowest to the fastest: scalar; of x86-64 avx2, avxvnni, avx512, avx512vbmi, amx;
+ * of AArch64 neon, neon-dotprod, neon-i8mm; NULL after the last. Every build lists all of them. */
 SEPTET_API const char* septet_instruction_set_name(int index);
 /* "" when set `index` can run here, else why not, a static string; NULL after the last. */
 SEPTET_API const char* septet_instruction_set_obstacle(int index);

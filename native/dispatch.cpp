@@ -5,7 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(SEPTET_AVX_VNNI)
+#if defined(SEPTET_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(SEPTET_AVX_VNNI) || defined(SEPTET_AMX)
 #include <cpuid.h>
 #elif defined(SEPTET_ARM64) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -61,6 +65,26 @@ const char* avxvnni_obstacle() {
 #else
 const char* without_avxvnni() { return "the compiler of this build does not know AVX-VNNI"; }
 #endif
+
+#if defined(SEPTET_AMX)
+// Linux saves tile registers only of processes that have asked for them (arch_prctl, since 5.16), by the number of the state.
+bool is_given_tiles() {
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+const char* amx_obstacle() {
+    if (*avx512vbmi_obstacle()) return avx512vbmi_obstacle();
+    constexpr int extended_features = 7;
+    constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(extended_features, 0, &a, &b, &c, &d) || (d & (tile | int8)) != (tile | int8)) return "this processor lacks AMX for int8";
+    static const bool given = is_given_tiles();
+    return given ? "" : "the system does not give this process AMX";
+}
+#else
+const char* without_amx() { return "this build is not for Linux, or its compiler does not know AMX"; }
+#endif
 #else
 const char* not_x86() { return "this build is not for x86-64"; }
 #endif
@@ -96,11 +120,17 @@ const Candidate candidates[] = {
 #endif
     {"avx512", &kAvx512Kernels, avx512_obstacle},
     {"avx512vbmi", &kAvx512VbmiKernels, avx512vbmi_obstacle},
+#if defined(SEPTET_AMX)
+    {"amx", &kAmxKernels, amx_obstacle},
+#else
+    {"amx", nullptr, without_amx},
+#endif
 #else
     {"avx2", nullptr, not_x86},
     {"avxvnni", nullptr, not_x86},
     {"avx512", nullptr, not_x86},
     {"avx512vbmi", nullptr, not_x86},
+    {"amx", nullptr, not_x86},
 #endif
 #if defined(SEPTET_ARM64)
     {"neon", &kNeonKernels, none},

@@ -97,6 +97,9 @@ extern const ModelSteps kAvx2ModelSteps;
 #if defined(SEPTET_AVX_VNNI)
 extern const KernelTable kAvxVnniKernels;
 #endif
+#if defined(SEPTET_AMX)
+extern const KernelTable kAmxKernels;
+#endif
 #if defined(SEPTET_ARM64)
 extern const KernelTable kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
 #endif

@@ -14,12 +14,14 @@ from pathlib import Path
 # What the native library needs for each instruction set, in the words of /proc/cpuinfo.
 AVX2 = {"avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+VBMI = AVX512 | {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"}
 DOTPROD = {"asimd", "asimddp"}
 REQUIRED_FLAGS = {
     "avx2": AVX2,
     "avxvnni": AVX2 | {"avx_vnni", "gfni"},
     "avx512": AVX512,
-    "avx512vbmi": AVX512 | {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"},
+    "avx512vbmi": VBMI,
+    "amx": VBMI | {"amx_tile", "amx_int8"},
     "neon": {"asimd"},
     "neon-dotprod": DOTPROD,
     "neon-i8mm": DOTPROD | {"i8mm"},
