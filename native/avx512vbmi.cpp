@@ -102,7 +102,7 @@ template <class Decoder>
             repeat<rows>([&](auto r) { four[r] = broadcast_four(input + r * x.stride); });
             repeat<kSteps>([&](auto step) {
                 const __m512i levels = decoder.decode(tile, step);
-                repeat<rows>([&](auto r) { sum[r][step] = _mm512_dpbusd_epi32(sum[r][step], levels, four[r]); });
+                repeat<rows>([&](auto r) { add_dots(sum[r][step], levels, four[r]); });
             });
         }
         repeat<rows, kSteps>([&](auto r, auto step) { _mm512_storeu_si512(y + r * kTileOutputs + 16 * step, sum[r][step]); });
@@ -130,7 +130,7 @@ template <class Decoder, int rows>
             repeat<rows>([&](auto row) {
                 prefetch_tile_twice(at + row * stride, (w.tiles - t) * bytes, (rows - 1) * stride);
                 const Tile<Decoder::bits> tile(at + row * stride);
-                repeat<kSteps>([&](auto step) { sum[row][step] = _mm512_dpbusd_epi32(sum[row][step], decoder.decode(tile, step), four); });
+                repeat<kSteps>([&](auto step) { add_dots(sum[row][step], decoder.decode(tile, step), four); });
             });
         }
         const __m512 scale = _mm512_set1_ps(x.scales[segment]);
@@ -149,46 +149,52 @@ void segment_product(const TileRows& w, const SegmentedRow& x, float* y) {
     if (rest.count == 1) rows_product<Decoder, 1>(rest, x, y);
 }
 
-[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
+// sum[r][q] += decoded tiles @ rows of activations. Plain loops: GCC 12 keeps sums that lambdas refer to in memory as well, at half the speed.
+template <int rows>
+[[gnu::always_inline]] inline void add_tiles(const uint8_t* decoded, int64_t tiles, const int8_t* x, int64_t x_stride, __m512i (&sum)[rows][4]) {
+    for (int64_t t = 0; t < tiles; t++, decoded += kTileWeights, x += kTileInputs) {
+        __m512i level[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) level[q] = _mm512_loadu_si512(decoded + 64 * q);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const __m512i four = broadcast_four(x + r * x_stride);
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; q++) add_dots(sum[r][q], level[q], four);
+        }
+    }
+}
+
+void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
-        const int8_t* input = x.data + first * x.stride;
         int32_t* y = sums + first * kTileOutputs;
-        __m512i sum[rows][4], level[4];
-        repeat<rows, 4>([&](auto r, auto q) { sum[r][q] = _mm512_loadu_si512(y + r * kTileOutputs + 16 * q); });
-        for (int64_t t = 0; t < tiles; t++) {
-            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
-            repeat<rows>([&](auto r) {
-                const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
-                repeat<4>([&](auto q) { sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four); });
-            });
-        }
-        repeat<rows, 4>([&](auto r, auto q) { _mm512_storeu_si512(y + r * kTileOutputs + 16 * q, sum[r][q]); });
+        __m512i sum[rows][4];
+#pragma GCC unroll 24
+        for (int i = 0; i < 4 * rows; i++) sum[i / 4][i % 4] = _mm512_loadu_si512(y + 16 * i);
+        add_tiles<rows>(decoded, tiles, x.data + first * x.stride, x.stride, sum);
+#pragma GCC unroll 24
+        for (int i = 0; i < 4 * rows; i++) _mm512_storeu_si512(y + 16 * i, sum[i / 4][i % 4]);
     });
 }
 
-[[gnu::flatten]] void add_decoded(const uint8_t* decoded, int64_t tiles, const SegmentedRows& rows_of, float* y) {
+void add_decoded(const uint8_t* decoded, int64_t tiles, const SegmentedRows& rows_of, float* y) {
     const Rows& x = rows_of.x;
     in_blocks<6>(x.count, [&](auto row_count, int64_t first) {
         constexpr int rows = decltype(row_count)::value;
-        const int8_t* input = x.data + first * x.stride;
-        __m512i sum[rows][4], level[4];
-        repeat<rows, 4>([&](auto r, auto q) {
+        __m512i sum[rows][4];
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
             const int32_t* of_x = rows_of.sums + (first + r) * 2 * rows_of.step;
-            sum[r][q] = _mm512_set1_epi32(-kBias * (of_x[0] + of_x[1]));
-        });
-        for (int64_t t = 0; t < tiles; t++) {
-            repeat<4>([&](auto q) { level[q] = _mm512_loadu_si512(decoded + t * kTileWeights + 64 * q); });
-            repeat<rows>([&](auto r) {
-                const __m512i four = broadcast_four(input + r * x.stride + t * kTileInputs);
-                repeat<4>([&](auto q) { sum[r][q] = _mm512_dpbusd_epi32(sum[r][q], level[q], four); });
-            });
+            sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_set1_epi32(-kBias * (of_x[0] + of_x[1]));
         }
-        repeat<rows, 4>([&](auto r, auto q) {
-            float* at = y + (first + r) * kTileOutputs + 16 * q;
-            const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(rows_of.scales[(first + r) * rows_of.step]), _mm512_cvtepi32_ps(sum[r][q]));
-            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), scaled));
-        });
+        add_tiles<rows>(decoded, tiles, x.data + first * x.stride, x.stride, sum);
+#pragma GCC unroll 24
+        for (int i = 0; i < 4 * rows; i++) {
+            float* at = y + first * kTileOutputs + 16 * i;
+            const __m512 scale = _mm512_set1_ps(rows_of.scales[(first + i / 4) * rows_of.step]);
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum[i / 4][i % 4]))));
+        }
     });
 }
 
@@ -198,7 +204,10 @@ struct BiasedDot {
     static constexpr int32_t bias = kBias;
     static __m512i activations(uint64_t valid, const int8_t* x) { return _mm512_maskz_loadu_epi8(valid, x); }
     static __m512i weights(uint64_t valid, const int8_t* w) { return _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w), _mm512_set1_epi8(-128)); }
-    static __m512i add_product(__m512i sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static __m512i add_product(__m512i sum, __m512i w, __m512i x) {
+        add_dots(sum, w, x);
+        return sum;
+    }
 };
 
 }  // namespace
