@@ -19,17 +19,39 @@ inline __m512i broadcast_four(const int8_t* x) {
 // One stage of the rotation inside a register: a lane and its partner h lanes away become their sum and difference.
 inline __m512 butterfly(__m512 v, __m512 partner, __mmask16 upper) { return _mm512_mask_sub_ps(_mm512_add_ps(v, partner), upper, partner, v); }
 
-void hadamard(float* x, int64_t count, int64_t block) {
-    if (block < 16) return hadamard_from(x, count, block, 1);
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        v = butterfly(v, _mm512_permute_ps(v, 0xB1), 0xAAAA);
-        v = butterfly(v, _mm512_permute_ps(v, 0x4E), 0xCCCC);
-        v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0xB1), 0xF0F0);
-        v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0x4E), 0xFF00);
-        _mm512_storeu_ps(x + i, v);
+// A block of `count` registers, a power of two up to 16, times `factor`: from memory once and back once.
+template <int count>
+void hadamard_block(float* x, float factor) {
+    __m512 v[count];
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+        v[i] = _mm512_loadu_ps(x + 16 * i);
+        v[i] = butterfly(v[i], _mm512_permute_ps(v[i], 0xB1), 0xAAAA);
+        v[i] = butterfly(v[i], _mm512_permute_ps(v[i], 0x4E), 0xCCCC);
+        v[i] = butterfly(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), 0xF0F0);
+        v[i] = butterfly(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), 0xFF00);
     }
-    hadamard_from(x, count, block, 16);
+#pragma GCC unroll 4
+    for (int h = 1; h < count; h *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < count; i++)
+            if (!(i & h)) {
+                const __m512 a = v[i], b = v[i + h];
+                v[i] = _mm512_add_ps(a, b);
+                v[i + h] = _mm512_sub_ps(a, b);
+            }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) _mm512_storeu_ps(x + 16 * i, _mm512_mul_ps(v[i], _mm512_set1_ps(factor)));
+}
+
+void hadamard(float* x, int64_t count, int64_t block) {
+    constexpr int64_t most = 256;
+    if (block < 16) return hadamard_from(x, count, block, 1);
+    const int64_t at_once = block < most ? block : most;
+    const auto transform = at_once == 16 ? hadamard_block<1> : at_once == 32 ? hadamard_block<2> : at_once == 64 ? hadamard_block<4> : at_once == 128 ? hadamard_block<8> : hadamard_block<16>;
+    const float factor = block > most ? 1.0f : inverse_root(block);
+    for (int64_t i = 0; i < count; i += at_once) transform(x + i, factor);
+    if (block > most) hadamard_from(x, count, block, most);
 }
 
 void widen(const uint8_t* decoded, int64_t tiles, uint8_t shift, const int32_t* zero, float* values) {
