@@ -14,7 +14,7 @@ namespace septet {
 namespace {
 
 constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16;
-constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs, kTokensAtOnce = 8;
+constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs;
 
 struct alignas(64) Bytes { uint8_t at[64]; };
 inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
@@ -160,7 +160,7 @@ template <int bits, int rows, int first, int count>
 // A row of tiles for `rows` tokens. The more there are at once, the fewer outputs fit into registers, so the groups of a chunk are passed several times.
 template <int bits, int rows>
 [[gnu::flatten]] void strand_tokens(const TileRows& w, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride) {
-    constexpr int at_once = rows > 4 ? 1 : rows > 2 ? 2 : 4, chunk = kChunkInputs / kTileInputs;
+    constexpr int at_once = rows > 2 ? 2 : 4, chunk = kChunkInputs / kTileInputs;
     alignas(64) int8_t ordered[rows][kChunkInputs];
     __m512 total[rows][4];
     repeat<rows, 4>([&](auto r, auto i) { total[r][i] = _mm512_setzero_ps(); });
@@ -189,7 +189,7 @@ template <int bits, int rows>
 
 template <int bits>
 void tokens_product(const TileRows& w, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride) {
-    in_blocks<kTokensAtOnce>(x.x.count, [&](auto tokens, int64_t m) {
+    in_blocks<kFusedTokens>(x.x.count, [&](auto tokens, int64_t m) {
         const SegmentedRows block = {{x.x.data + m * x.x.stride, x.x.stride, tokens}, x.sums + 2 * m * x.step, x.scales + m * x.step, x.step};
         strand_tokens<bits, tokens>(w, segment_tiles, block, y + m * y_stride, y_stride);
     });

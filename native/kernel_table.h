@@ -47,7 +47,7 @@ using AddSegment = void (*)(const uint8_t* decoded, int64_t tiles, const Segment
 
 // A row of tiles in strands for some tokens, all segments: y[m*y_stride + 64] as SegmentProduct. x.sums and x.scales begin at the first segment.
 using TokensProduct = void (*)(const TileRows& row, int64_t segment_tiles, const SegmentedRows& x, float* y, int64_t y_stride);
-constexpr int kFusedTokens = 8;  // most tokens for which that is faster than decoding into a buffer
+constexpr int kFusedTokens = 4;  // most tokens for which that is faster than decoding into a buffer
 
 struct KernelTable {
     const char* name;
