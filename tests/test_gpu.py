@@ -16,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
+import fused  # noqa: E402
 from cuda_layout import same_layout  # noqa: E402
 from septet.codes.tile import tile_bytes  # noqa: E402
 from septet.gpu import compiled, driver, many  # noqa: E402
@@ -81,8 +82,8 @@ def test_cuda_kernels_compile(architecture) -> None:
         compiled.trellis_source("product.cu", bits=7, tokens=32),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
         compiled.source_of("values.cu", "launch.cu", "activations.cu", E=2, DTYPE=1),
-        compiled.trellis_source("levels.cu", bits=7),
-        compiled.trellis_source("levels.cu", bits=8, places=2),
+        compiled.trellis_source("levels.cu", bits=7, FOR_DENSE=1),
+        compiled.trellis_source("levels.cu", bits=8, places=2, FOR_DENSE=0),
     ]
     for source in sources:
         assert driver.compile_source(source, options)[:4] == b"\x7fELF"
@@ -91,9 +92,9 @@ def test_cuda_kernels_compile(architecture) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_hopper_kernels_compile(mode) -> None:
-    sources = {"90": many.inputs_source(mode, torch.float16), "90a": many.dense_source(mode, torch.bfloat16)}
-    sources["90a"] += same_layout("DenseArguments", many._Arguments)
-    for architecture, source in sources.items():
+    dense = many.dense_source(mode, torch.bfloat16) + same_layout("DenseArguments", many._Arguments)
+    inputs = [many.inputs_source(mode, torch.float16, whole) for whole in (False, True)]
+    for architecture, source in [("90a", dense), *(("90", source) for source in inputs)]:
         assert driver.compile_source(source, (f"--gpu-architecture=sm_{architecture}", "--std=c++17"))[:4] == b"\x7fELF"
 
 
@@ -106,6 +107,14 @@ def test_slabs_cover_a_matrix_and_are_bounded(inputs, outputs, tokens) -> None:
         one_wave = -(-slab.outputs // 256) * -(-tokens // 128) <= 132 // 2
         larger = one_wave and (tokens > 384 or inputs * outputs >= 64 << 20)
         assert slab.outputs * slab.inputs <= (128 if larger else 32) << 20
+
+
+def test_fused_multiply_adds_of_the_tests_round_once() -> None:
+    """Also where rounding to float64 first would lose what decides: (2^46 + 1) 2^-70 on top of 1 is a little more than half a unit."""
+    scale, factor = np.float32([8384513 * 2.0**-70, 3.0]), np.float32([8392705, 5])
+    assert fused.multiply_add(scale, factor, np.float32([1, 1])).tolist() == [1 + 2.0**-23, 16]
+    assert fused.multiply_add(scale, -factor, np.float32([-1, 1])).tolist() == [-1 - 2.0**-23, -14]
+    assert (scale * factor + np.float32([1, 1])).tolist() == [1, 16]
 
 
 @needs_triton

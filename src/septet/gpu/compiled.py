@@ -222,10 +222,10 @@ def token_kernel(device: int, name: str, types: tuple[type, ...], variant: tuple
 
 
 @cache
-def levels_kernel(device: int, bits: int) -> Kernel:
-    """The kernel of levels.cu."""
+def levels_kernel(device: int, bits: int, for_dense: bool) -> Kernel:
+    """The kernel of levels.cu, for dense.cu or as a plain matrix."""
     places = _places(device)
-    source = trellis_source("levels.cu", bits=bits, places=places)
+    source = trellis_source("levels.cu", bits=bits, places=places, FOR_DENSE=int(for_dense))
     shared = _TABLE_AT + _TABLE_BYTES * places // 2
     return load_kernel(compile_source(source, options_of(device)), "levels", _PARAMETERS["levels"], 32 * WARPS, shared)
 

@@ -1,9 +1,10 @@
 // Inputs of products of many tokens: H_in (s_in * x) for Hadamard blocks of at most 256 and inputs in multiples of 8. Follows values.cu.
 //
-// A block of threads takes a token, a warp 1024 inputs of it at a time: lane 8c + l has inputs 64j + 8l .. 8l+7, j = 0..3, of the c-th 256,
-// so that only strides 8, 16 and 32 leave the lane.
+// Blocks of threads along y share a token, one with MODE 1; a warp takes 1024 inputs of it at a time: lane 8c + l has inputs 64j + 8l ..
+// 8l+7, j = 0..3, of the c-th 256, so that only strides 8, 16 and 32 leave the lane.
 //
-// Macro: MODE 0 int8 with a scale per block of 128 or 256, 1 int8 with one per token, 2 int16 with one per 256, as dense.cu wants it.
+// Macros: MODE 0 int8 with a scale per block of 128 or 256, 1 int8 with one per token, 2 int16 with one per 256, as dense.cu wants it;
+// WHOLE 1 where Hadamard blocks have 256 inputs: then no butterfly is asked for whether it is there, and nothing is divided.
 
 constexpr int kInputThreads = 256, kInputWarps = kInputThreads / 32, kGroup = 1024;
 __shared__ u32 tops[kInputWarps];
@@ -11,13 +12,13 @@ __shared__ u32 tops[kInputWarps];
 __device__ __forceinline__ void rotate_group(float (&v)[4][8], int block, float normal, int lane) {
     #pragma unroll
     for (int h = 1; h < 8; h *= 2)
-        if (h < block)
+        if (WHOLE || h < block)
             #pragma unroll
             for (int i = 0; i < 32; i++)
                 if (!(i & h)) add_and_subtract(v[i / 8][i % 8], v[i / 8][i % 8 + h]);
     #pragma unroll
     for (int h = 1; h < 8; h *= 2)
-        if (8 * h < block) {
+        if (WHOLE || 8 * h < block) {
             // mine * -1 + other rounds like other - mine
             const float sign = lane & h ? -1.f : 1.f;
             #pragma unroll
@@ -25,7 +26,7 @@ __device__ __forceinline__ void rotate_group(float (&v)[4][8], int block, float 
         }
     #pragma unroll
     for (int h = 1; h < 4; h *= 2)
-        if (64 * h < block)
+        if (WHOLE || 64 * h < block)
             #pragma unroll
             for (int i = 0; i < 32; i++)
                 if (!(i / 8 & h)) add_and_subtract(v[i / 8][i % 8], v[i / 8 + h][i % 8]);
@@ -78,9 +79,10 @@ struct Rounding16 {
 
 // int8 with one scale per token takes two passes, the first of which only looks for the largest magnitude: rotating twice is cheaper than
 // memory for what would have to be kept.
-extern "C" __global__ void __launch_bounds__(kInputThreads)
+extern "C" __global__ void __launch_bounds__(kInputThreads, MODE == 2 ? 3 : 4)
 token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, void* __restrict__ to, float* __restrict__ scales,
              int inputs, int padded, int block, float normal) {
+    if (WHOLE) block = kChunk;
     const int token = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -89,7 +91,7 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
     for (int pass = MODE == 1 ? 0 : 1; pass < 2; pass++) {
         const Rounding whole(top, true);
         #pragma unroll 1
-        for (int first = warp * kGroup; first < padded; first += kInputWarps * kGroup) {
+        for (int first = (blockIdx.y * kInputWarps + warp) * kGroup; first < padded; first += gridDim.y * kInputWarps * kGroup) {
             const int begin = first + lane / 8 * kChunk + lane % 8 * 8;
             float v[4][8];
             #pragma unroll
@@ -108,12 +110,17 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
                 continue;
             }
             if (MODE != 1) {
-                if (MODE == 2 || block == kChunk) tops_of[0] = tops_of[1] = max(tops_of[0], tops_of[1]);
+                if (MODE == 2 || WHOLE || block == kChunk) tops_of[0] = tops_of[1] = max(tops_of[0], tops_of[1]);
                 #pragma unroll
                 for (int h = 1; h < 8; h *= 2)
                     #pragma unroll
                     for (int i = 0; i < 2; i++) tops_of[i] = max(tops_of[i], __shfl_xor_sync(~0u, tops_of[i], h));
             }
+#if MODE == 0
+            const Rounding low(tops_of[0], true), high = WHOLE ? low : Rounding(tops_of[1], true);
+#elif MODE == 2
+            const Rounding16 rounding(tops_of[0]);
+#endif
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 #pragma unroll
@@ -122,11 +129,14 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
                     if (k >= padded) continue;
 #if MODE == 2
                     i8* upper = (i8*)to + (size_t)(token / 8 * 16 + token % 8) * padded + k;
-                    const Rounding16 rounding(tops_of[half]);
                     rounding.store(upper, upper + (size_t)8 * padded, v[j]);
                     if (k % kChunk == 0) scales[token * ((inputs + kChunk - 1) / kChunk) + k / kChunk] = rounding.scale;
 #else
-                    const Rounding rounding = MODE == 0 ? Rounding(tops_of[half], true) : whole;
+#if MODE == 0
+                    const Rounding& rounding = half ? high : low;
+#else
+                    const Rounding& rounding = whole;
+#endif
                     *(uint2*)((i8*)to + (size_t)token * padded + k) = eight_int8(v[j], rounding);
                     if (MODE == 0 && k % block == 0 && k < inputs) scales[token * (inputs / block) + k / block] = rounding.scale;
 #endif

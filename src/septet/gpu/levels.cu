@@ -1,11 +1,27 @@
-// Levels of trellis weights as plain matrices, for products of many tokens. Follows decode.cu.
+// Levels of trellis weights for products of many tokens. Follows decode.cu.
 //
-// Rows [0, rows * 64) and the inputs of `count` units from `first_unit` on, of a matrix with `units` units a row: int8 [rows * 64][count *
-// 64].
+// Rows [0, rows * 64) and the inputs of `count` units from `first_unit` on, of a matrix with `units` units a row.
+// FOR_DENSE 0: a plain matrix, int8 [rows * 64][count * 64].
+// FOR_DENSE 1: what dense.cu brings at a time, 128 outputs x 128 inputs, lies side by side: [rows / 2][count / 2][unit of two][row of two]
+// [64 outputs][64 inputs], both rounded up to two. In the 4096 bytes of a unit output 8g + o is line 8o + g, so that a warp writes 512
+// bytes in a row, and 16-byte pieces of lines are swizzled as the tensor cores want them in shared memory: piece t of a line is its
+// (t ^ line / 2 % 4)-th.
+
+#if FOR_DENSE
+// The last that the L2 gives up, until dense.cu has read it.
+__device__ __forceinline__ void store(uint4* to, uint4 v) {
+    u64 last;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(last));
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
+        :: "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(last) : "memory");
+}
+#else
+__device__ __forceinline__ void store(uint4* to, uint4 v) { *to = v; }
+#endif
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int units, int first_unit, int count, u32 one) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, workers = gridDim.x * WARPS, all = rows * count;
+    const int lane = threadIdx.x & 31, g = lane >> 2, workers = gridDim.x * WARPS, all = rows * count;
     int at = blockIdx.x * WARPS + (threadIdx.x >> 5);
     u32 w[kWords], next[kWords];
     const auto load = [&](u32 (&words)[kWords], int at) {
@@ -24,10 +40,18 @@ levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int un
         if (at + workers < all) load(next, at + workers);
         chunks(w, lane, a, b);
         chunks(w + BITS, lane, c, d);
-        uint4* row = to + (((size_t)(at / count) * 64 + 8 * g) * count + at % count) * 4 + t;
+#if FOR_DENSE
+        constexpr size_t pitch = 32;
+        const int row = at / count, unit = at % count;
+        const size_t four = (size_t)(row >> 1) * ((count + 1) / 2) + (unit >> 1);
+        uint4* first = to + (four * 4 + (unit & 1) * 2 + (row & 1)) * 256 + (lane ^ g >> 1 & 3);
+#else
+        const size_t pitch = (size_t)count * 4;
+        uint4* first = to + (((size_t)(at / count) * 64 + 8 * g) * count + at % count) * 4 + (lane & 3);
+#endif
         #pragma unroll
         for (int o = 0; o < 8; o++)
-            row[(size_t)o * count * 4] = make_uint4(lookup.four(a, o), lookup.four(b, o), lookup.four(c, o), lookup.four(d, o));
+            store(first + o * pitch, make_uint4(lookup.four(a, o), lookup.four(b, o), lookup.four(c, o), lookup.four(d, o)));
         #pragma unroll
         for (int i = 0; i < kWords; i++) w[i] = next[i];
     }

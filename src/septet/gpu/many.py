@@ -1,8 +1,9 @@
 """Products of many tokens on Hopper: levels are decoded a slab at a time, and multiplied by dense.cu.
 
 A slab is some outputs and some inputs of the weights, such that its products fill the multiprocessors in whole waves, and is all
-that is ever decoded at the same time. Results with int8 activations have the bits of the reference. Float activations of 16-bit
-models become 16-bit integers with a scale for each 256 inputs, which are two rows of int8.
+that is ever decoded at the same time. Results with int8 activations and one scale per token have the bits of the reference; with a
+scale per block they are added in the reference's order, each by one fused multiply-add. Float activations of 16-bit models become
+16-bit integers with a scale for each 256 inputs, which are two rows of int8.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SEGMENTS, TOKEN, INT16 = 0, 1, 2
 #: Of dense.cu: rows of a block of threads, outputs of two of them, inputs of a step, steps in flight.
 _ROWS, _OUTPUTS, _STEP, _STAGES = 128, 256, 128, 6
 _THREADS, _STAGE_BYTES = 384, 32 << 10
-_INPUT_THREADS = 256
+#: Of inputs.cu: threads of a block, inputs that one of them takes at a time.
+_INPUT_THREADS, _THREAD_INPUTS = 256, 32
 #: Hadamard blocks of outputs that dense.cu rotates, and of inputs that inputs.cu rotates.
 _FUSED_BLOCK = 256
 #: Levels of a slab that the L2 keeps, more or less, until they are multiplied. Where one wave of blocks reads all of them, memory keeps up
@@ -38,7 +40,7 @@ _FUSED_BLOCK = 256
 #: sums between them. Measured on an H100.
 _SLAB_BYTES, _SHARING, _MATRIX, _LARGER = 32 << 20, 4, 2, 4
 #: What `plan` weighs, in microseconds, measured on an H100: a step of all blocks, two launches; and bytes of sums moved in one.
-_STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.48, 10.0, 4e6
+_STEP_TIME, _LAUNCHES_TIME, _CARRY_RATE = 0.43, 8.0, 4e6
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
@@ -54,12 +56,11 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         ("tokens_map", TensorMap),
-        ("levels_map", TensorMap),
-        *((name, _P) for name in ("scales", "output_scale", "y", "carry_in", "carry_out")),
+        *((name, _P) for name in ("levels", "scales", "output_scale", "y", "carry_in", "carry_out")),
         *((name, _I) for name in ("tokens", "outputs", "steps", "first_step", "segment_steps")),
         *((name, _I) for name in ("scale_columns", "y_columns", "carry_columns", "output_block")),
         ("normal", _F),
-        ("padding", ctypes.c_byte * 48),
+        ("padding", ctypes.c_byte * 40),
     ]
 
 
@@ -71,17 +72,17 @@ def dense_source(mode: int, dtype: torch.dtype) -> str:
 @cache
 def _dense_kernel(device: int, mode: int, dtype: torch.dtype) -> Kernel:
     image = compile_source(dense_source(mode, dtype), ("--gpu-architecture=sm_90a", "--std=c++17"))
-    return load_kernel(image, "dense", (_Arguments,), _THREADS, _STAGES * (_STAGE_BYTES + 16) + 1024)
+    return load_kernel(image, "dense", (_Arguments,), _THREADS, _STAGES * (_STAGE_BYTES + 16) + 16 + 1024)
 
 
-def inputs_source(mode: int, dtype: torch.dtype) -> str:
-    """inputs.cu for a mode and the dtype of the inputs."""
-    return source_of("values.cu", "inputs.cu", MODE=mode, DTYPE=DTYPES[dtype])
+def inputs_source(mode: int, dtype: torch.dtype, whole: bool) -> str:
+    """inputs.cu for a mode, the dtype of the inputs, and blocks of 256 of them or smaller ones."""
+    return source_of("values.cu", "inputs.cu", MODE=mode, WHOLE=int(whole), DTYPE=DTYPES[dtype])
 
 
 @cache
-def _inputs_kernel(device: int, mode: int, dtype: torch.dtype) -> Kernel:
-    image = compile_source(inputs_source(mode, dtype), ("--gpu-architecture=sm_90", "--std=c++17"))
+def _inputs_kernel(device: int, mode: int, dtype: torch.dtype, whole: bool) -> Kernel:
+    image = compile_source(inputs_source(mode, dtype, whole), ("--gpu-architecture=sm_90", "--std=c++17"))
     return load_kernel(image, "token_inputs", (_P, _P, _P, _P, _I, _I, _I, _F), _INPUT_THREADS)
 
 
@@ -135,19 +136,20 @@ def plan(inputs: int, outputs: int, rows: int, quantum: int, processors: int) ->
     return best[1]
 
 
-def levels(to: torch.Tensor, arranged: torch.Tensor, bits: int, rows: range, units: range, row_units: int) -> None:
+def levels(to: torch.Tensor, arranged: torch.Tensor, bits: int, rows: range, units: range, row_units: int, for_dense: bool = False) -> None:
     """Decode some rows of tiles.
 
     Args:
-        to: int8 [len(rows) * 64, len(units) * 64].
+        to: int8 [len(rows) * 64, len(units) * 64], or as many numbers with both rounded up to 128.
         arranged: from `layout.arrange`.
         bits: bits per pair.
         rows: of tiles.
         units: along the inputs.
         row_units: units of a whole row.
+        for_dense: in the order in which dense.cu reads them, instead of a plain matrix.
     """
     device, count = to.device.index, len(rows) * len(units)
-    kernel, workers = levels_kernel(device, bits), compiled.workers_of(device, count)
+    kernel, workers = levels_kernel(device, bits, for_dense), compiled.workers_of(device, count)
     start = arranged.data_ptr() + rows.start * row_units * UNIT_INPUTS * 4 * bits
     sizes = len(rows), row_units, units.start, len(units), 1
     kernel.launch((-(-workers // WARPS), 1), _stream(device), start, to.data_ptr(), *sizes)
@@ -164,7 +166,9 @@ def _inputs(x: torch.Tensor, layer: Layer, mode: int) -> tuple[torch.Tensor, tor
     values = x.new_empty((-(-tokens // 8) * 16 if mode == INT16 else tokens, padded), dtype=torch.int8)
     scales = x.new_empty((tokens, scales), dtype=torch.float32)
     pointers = (t.data_ptr() for t in (x, layer.input_scale, values, scales))
-    _inputs_kernel(device, mode, x.dtype).launch((tokens, 1), _stream(device), *pointers, inputs, padded, block, 1 / math.sqrt(block))
+    parts = 1 if mode == TOKEN else -(-padded // (_INPUT_THREADS * _THREAD_INPUTS))
+    kernel = _inputs_kernel(device, mode, x.dtype, block == _FUSED_BLOCK)
+    kernel.launch((tokens, parts), _stream(device), *pointers, inputs, padded, block, 1 / math.sqrt(block))
     return values, scales
 
 
@@ -196,7 +200,7 @@ def _product(x: torch.Tensor, layer: Layer, mode: int) -> _Product:
         shape = tokens, slab.outputs if fused else layer.outputs
         sums = x.new_empty(shape, dtype=torch.int32 if mode == TOKEN else torch.float32)
     y = x.new_empty((tokens, layer.outputs)) if fused else None
-    levels = x.new_empty(slab.outputs * slab.inputs, dtype=torch.int8)
+    levels = x.new_empty(slab.outputs * -(-slab.inputs // _STEP) * _STEP, dtype=torch.int8)
     return _Product(mode, tokens, values, scales, segment, slab, levels, sums, y)
 
 
@@ -204,11 +208,10 @@ def _arguments(layer: Layer, product: _Product, tokens_map: TensorMap, first: in
     """Of the launch for outputs `first` .. and inputs `begin` .. ."""
     slab, padded, scales, sums, y = product.slab, product.values.shape[1], product.scales, product.sums, product.y
     outputs, inputs = min(slab.outputs, layer.outputs - first), min(slab.inputs, padded - begin)
-    level_rows = -(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS
     carry = None if sums is None else sums.data_ptr() + (first * 4 if y is None else 0)
     return _Arguments(
         tokens_map,
-        tensor_map(product.levels.data_ptr(), level_rows, inputs, _OUTPUTS // 2),
+        product.levels.data_ptr(),
         scales.data_ptr() + begin // product.segment * 4,
         layer.scale.data_ptr() + first * layer.scale.element_size(),
         None if y is None else y.data_ptr() + first * y.element_size(),
@@ -248,7 +251,7 @@ def linear(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:
         tiles = range(first // TILE_OUTPUTS, -(-(first + outputs) // TILE_OUTPUTS))
         for begin in range(0, padded, slab.inputs):
             units = range(begin // UNIT_INPUTS, min(padded, begin + slab.inputs) // UNIT_INPUTS)
-            levels(product.levels, layer.arranged, layer.bits, tiles, units, padded // UNIT_INPUTS)
+            levels(product.levels, layer.arranged, layer.bits, tiles, units, padded // UNIT_INPUTS, for_dense=True)
             grid = 2 * -(-outputs // _OUTPUTS), -(-rows // _ROWS)
             kernel.launch(grid, _stream(device), _arguments(layer, product, tokens_map, first, begin))
     if product.y is not None:
