@@ -86,6 +86,10 @@ struct Walk {
 
 __device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
 
+// The share of a block that a warp takes: those of the warps on one of a multiprocessor's four schedulers lie side by side, so that no
+// scheduler has more than one unit more than another.
+__device__ __forceinline__ int worker_of(int warp) { return warp % 4 * (WARPS / 4) + warp / 4; }
+
 // The scales that a block will need: nobody has read them yet.
 __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
     #pragma unroll 1

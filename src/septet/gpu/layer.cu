@@ -305,7 +305,7 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
     const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
     Row row;
     row.sums.clear();
-    row.to = memory.partial + (warp + here.index) * l.tokens * 16;
+    row.to = memory.sums_of(l, worker_of(warp), here.index);
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
         Operands operands;
@@ -344,9 +344,10 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, worker = worker_of(warp);
     const Share share(l);
-    const int units = share.units(l), begin = units * warp / WARPS, left = units * (warp + 1) / WARPS - begin, pieces = share.pieces(l);
+    const int units = share.units(l), begin = units * worker / WARPS, left = units * (worker + 1) / WARPS - begin;
+    const int pieces = share.pieces(l);
     const Walk walk(l, share, min(begin, units - 1));
     u32 w[kWords];
     let_the_next_begin();
