@@ -1,4 +1,4 @@
-// How layer.cu divides a layer among blocks of threads and their warps. Follows decode.cu and values.cu.
+// How layer.cu divides a layer among blocks of threads and their warps, and where they keep it. Follows decode.cu and values.cu.
 
 constexpr int kChunkUnits = kChunk / 64;
 constexpr int kGroupRows = kChunk / 64;
@@ -100,3 +100,67 @@ __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const S
     const int row = share.group * kGroupRows + threadIdx.x;
     if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
 }
+
+// Who has sums of a row of a piece: warps of this block, and blocks from `first_block` to this one. Found out in advance.
+struct Meeting {
+    int from, to, first_block;
+
+    __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
+        const Piece piece = share.piece(l, index);
+        const int units = share.units(l), begin = piece.before + row * piece.length;
+        from = ((begin + 1) * WARPS - 1) / units;
+        to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
+        first_block = l.block_at(piece.group * l.units);
+    }
+};
+
+#if SEGMENTED
+typedef float Sum;
+#else
+typedef int Sum;
+#endif
+
+struct alignas(16) Four {
+    Sum x, y, z, w;
+};
+
+// A unit's operands of the tensor cores; units that fit into the gaps of the table with one place; what comes behind it.
+constexpr int kOperandBytes = 64 * 64, kGaps = ENTRIES / 32;
+constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
+
+// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `end_piece`, who meets whom, scales of inputs. With ALL,
+// decoded units take nearly all of it: there are only the inputs of the block's own chunks, and sums and buffers take the place of the
+// first and the second unit of each warp (see `Store`), which are read before.
+struct Memory {
+    i8* values;
+    Four* partial;
+    float* exchange;
+    Meeting* meetings;
+    float* scales;
+    int first, units;   // the unit whose inputs come first; those of unit 0 follow the last
+
+    __device__ __forceinline__ Memory(const LayerArguments& l, const Share& share, int rows) : values((i8*)shared_memory), units(l.units) {
+#if ALL
+        first = share.k / kChunkUnits * kChunkUnits;
+        u64 begin;
+        asm("cvta.to.shared.u64 %0, %1;" : "=l"(begin) : "l"(shared_memory));
+        i8* const operands = values + (kOperandsAt - (u32)begin);
+        partial = (Four*)(operands + ((STORED - 1) * WARPS - kGaps) * kOperandBytes);
+        exchange = (float*)(operands + ((STORED - 2) * WARPS - kGaps) * kOperandBytes);
+        meetings = (Meeting*)(values + min(l.units / kChunkUnits, (share.count + 2) / kChunkUnits + 1) * kChunk);
+#else
+        first = 0;
+        partial = (Four*)(values + l.tokens * 64 * l.units);
+        exchange = (float*)(partial + (WARPS + rows) * l.tokens * 16);
+        meetings = (Meeting*)(exchange + 2 * 32 * WARPS);
+#endif
+        scales = (float*)(meetings + rows);
+    }
+
+    __device__ __forceinline__ int place(int unit) const { return ALL && unit < first ? unit - first + units : unit - first; }
+
+    // What the warp with share `worker` has of a row of a piece; its next row follows.
+    __device__ __forceinline__ Four* sums(const LayerArguments& l, int worker, int row) const {
+        return partial + (ALL ? worker * (kOperandBytes / 16) + row * 16 : (worker + row) * l.tokens * 16);
+    }
+};

@@ -134,15 +134,31 @@ def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKin
     """How `whole_layer` runs: kind and blocks of threads. None where shared memory is too small."""
     units, rows = units_of(inputs), -(-outputs // 64)
     columns, small = -(-rows // _GROUP_ROWS) * units, units * rows <= _SMALL_UNITS * compiled.processors_of(device)
+    blocks = _blocks_of(device, columns)
+    most = -(-columns // blocks)
+    if (columns + units) * units >= 1 << 32:
+        return None
+    if tokens == 1 and inputs <= _OWN_INPUTS and _decodes_all(units, most):
+        return compiled.SMALLEST, blocks
     for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
-        blocks = _blocks_of(device, columns)
-        pieces = -(-columns // blocks) // units + 2
+        pieces = most // units + 2
         # partial sums, two buffers, three words for each row
         sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12
         # int8 inputs, a float32 scale for 64 of them, and a word per warp
-        if sums + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room and (columns + units) * units < 1 << 32:
+        if sums + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room:
             return kind, blocks
     return None
+
+
+def _decodes_all(units: int, most: int) -> bool:
+    """Whether blocks with at most so many columns can keep them decoded: `compiled.SMALLEST`."""
+    kind, pieces = compiled.SMALLEST, most // units + 2
+    # inputs of whole chunks, a scale for each unit of them, three words for each row, and a word per warp
+    chunks = min(units // _GROUP_ROWS, (most + 2) // _GROUP_ROWS + 1)
+    room = chunks * (_CHUNK + 4 * _GROUP_ROWS) + _GROUP_ROWS * pieces * 12 + 4 * kind.warps
+    # a row's sums take 256 bytes of the 4 KiB of a unit
+    fits = room <= kind.room and _GROUP_ROWS * pieces <= 16
+    return fits and units % _GROUP_ROWS == 0 and most * _GROUP_ROWS <= kind.warps * (kind.stored + 1)
 
 
 def _blocks_of(device: int, columns: int) -> int:

@@ -9,9 +9,9 @@
 //
 // Nothing but the inputs comes from the launch before, so a block begins with everything else while that one ends: tables, weights, and
 // decoding STORED units of each warp, and if any, one more. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and
-// one of this.
+// one of this. With ALL, no warp has more units, and there is one token: see `Memory`.
 //
-// Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..2 (with PLACES 1); BLOCKS 1|2.
+// Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
 
@@ -23,21 +23,22 @@ __device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArgument
     return largest_of_chunk(v, SEGMENTED ? l.input_block : kChunk);
 }
 
-__device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token,
+__device__ __forceinline__ void store_inputs(const Memory& memory, const float (&v)[8], u32 top, const LayerArguments& l, int token,
     int chunk, int segments, int lane) {
     const Rounding rounding(top, true);
     const int k = chunk * kChunk + lane * 8;
     if (k >= 64 * l.units) return;
+    const int place = memory.place(k / 64);
     u32 packed[2] = {0, 0};
     #pragma unroll
     for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
-    *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
-    if (SEGMENTED && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
+    *(uint2*)(memory.values + (size_t)(token * l.units + place) * 64 + k % 64) = make_uint2(packed[0], packed[1]);
+    if (SEGMENTED && k % (64 << l.segment_shift) == 0) memory.scales[token * segments + (place >> l.segment_shift)] = rounding.scale;
 }
 
 // int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
-__device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count,
-    int segments) {
+__device__ __forceinline__ void prepare_inputs(const Memory& memory, const LayerArguments& l, int first, int count, int segments) {
+    u32* const tops = (u32*)(memory.scales + l.tokens * segments);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
     const bool by_token = !SEGMENTED;
     #pragma unroll 1
@@ -54,13 +55,13 @@ __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* t
                 float v[8];
                 const u32 top = rotated_inputs(v, l, token, chunk, lane);
                 if (pass == 0) whole = max(whole, top);
-                else store_inputs(values, scales, v, by_token ? whole : top, l, token, chunk, segments, lane);
+                else store_inputs(memory, v, by_token ? whole : top, l, token, chunk, segments, lane);
             }
             if (pass == 0) {
                 if (lane == 0) tops[warp] = whole;
                 __syncthreads();
                 for (int i = 0; i < WARPS; i++) whole = max(whole, tops[i]);
-                if (threadIdx.x == 0) scales[token] = Rounding(whole, true).scale;
+                if (threadIdx.x == 0) memory.scales[token] = Rounding(whole, true).scale;
                 __syncthreads();
             }
         }
@@ -68,9 +69,9 @@ __device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* t
 }
 
 // The same from `rotate`.
-__device__ __forceinline__ void copy_inputs(i8* values, float* scales, const LayerArguments& l, int segments) {
-    for (int i = threadIdx.x; i < l.tokens * l.units * 4; i += 32 * WARPS) ((uint4*)values)[i] = ((const uint4*)l.values)[i];
-    for (int i = threadIdx.x; i < l.tokens * segments; i += 32 * WARPS) scales[i] = l.scales[i];
+__device__ __forceinline__ void copy_inputs(const Memory& memory, const LayerArguments& l, int segments) {
+    for (int i = threadIdx.x; i < l.tokens * l.units * 4; i += 32 * WARPS) ((uint4*)memory.values)[i] = ((const uint4*)l.values)[i];
+    for (int i = threadIdx.x; i < l.tokens * segments; i += 32 * WARPS) memory.scales[i] = l.scales[i];
 }
 
 // The tensor cores' operands of a unit.
@@ -96,41 +97,47 @@ __device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e,
     }
 }
 
-// Where a lane keeps operands of its stored unit `i`, and how far a word is from the next: the first in the gaps of the table with one
-// place, the second behind the table.
+// Where a lane keeps operands of stored unit `i` of its warp's share `worker`, and how far four words are from the next: the last units of
+// warps in the gaps of the table with one place, the others behind the table.
 struct Store {
     u32 at, stride;
 
-    __device__ __forceinline__ Store(int i, int warp, int lane)
-        : at(i ? kTableAt + (1 << 16) + warp * 32 * 128 + 4 * lane : kTableAt + warp * 32 * 256 + 128 + 4 * lane), stride(i ? 128 : 256) {}
+    __device__ __forceinline__ Store(int i, int worker, int lane) {
+        const int place = (STORED - 1 - i) * WARPS + worker;
+        const bool in_gap = place < kGaps;
+        at = in_gap ? kTableAt + place * 2 * kOperandBytes + 128 + lane / 8 * 256 + lane % 8 * 16
+                    : kOperandsAt + (place - kGaps) * kOperandBytes + lane * 16;
+        stride = in_gap ? 4 * 256 : 4 * 128;
+    }
 
     __device__ __forceinline__ void put(const Operands& e) const {
         #pragma unroll
-        for (int n = 0; n < 32; n++)
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + n * stride), "r"(e[n / 16][n / 4 % 4][n % 4]) : "memory");
+        for (int n = 0; n < 8; n++) {
+            const u32 (&four)[4] = e[n / 4][n % 4];
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                :: "r"(at + n * stride), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3]) : "memory");
+        }
     }
 
     __device__ __forceinline__ void get(Operands& e) const {
         #pragma unroll
-        for (int n = 0; n < 32; n++) e[n / 16][n / 4 % 4][n % 4] = table_word(at + n * stride);
+        for (int n = 0; n < 8; n++) {
+            u32 (&four)[4] = e[n / 4][n % 4];
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3]) : "r"(at + n * stride) : "memory");
+        }
     }
 };
 
 #if SEGMENTED
-typedef float Sum;
 __device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
 __device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
 #else
-typedef int Sum;
 __device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
 __device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
 __device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
 #endif
-
-struct alignas(16) Four {
-    Sum x, y, z, w;
-};
 
 // Sums of a row of tiles as they grow, and where they go.
 struct Row {
@@ -182,7 +189,7 @@ __device__ __forceinline__ void put(u32* p, u32 word) {
 
 // The sum of a word of each of `count` slots in order, as soon as they are there.
 __device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
-    constexpr int kAtATime = 8;
+    constexpr int kAtATime = 12;
     int patience = 1 << 23;   // what never comes must not hang the device
     Sum sum = 0;
     #pragma unroll 1
@@ -206,27 +213,13 @@ __device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
     return sum;
 }
 
-// Who has sums of a row of a piece: warps of this block, and blocks from `first_block` to this one. Found out in advance.
-struct Meeting {
-    int from, to, first_block;
-
-    __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
-        const Piece piece = share.piece(l, index);
-        const int units = share.units(l), begin = piece.before + row * piece.length;
-        from = ((begin + 1) * WARPS - 1) / units;
-        to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
-        first_block = l.block_at(piece.group * l.units);
-    }
-};
-
 // Sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
-__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Meeting* meetings,
-    const Sum* partial, float* exchange, const float* scales, int& turn) {
+__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Memory& memory, int& turn) {
     const Piece piece = share.piece(l, index);
     const int thread = threadIdx.x % kChunk, row = thread / 64, o = piece.group * kChunk + thread, units = share.units(l);
     const bool ends = piece.k + piece.length == l.units, inside = ends && o < l.outputs;
     const float scale = of_half(inside ? l.output_scale[o] : (u16)0);
-    const Meeting meeting = meetings[index * kGroupRows + row];
+    const Meeting meeting = memory.meetings[index * kGroupRows + row];
     #pragma unroll 1
     for (int token = 0; token < l.tokens; token++) {
         Sum own = 0, sum = 0;
@@ -234,7 +227,7 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
         for (int w = meeting.from; w <= meeting.to; w++) {
             // a warp without units has left nothing
             if (units * (w + 1) / WARPS == units * w / WARPS) continue;
-            own = add_sums(own, partial[((w + index * kGroupRows + row) * l.tokens + token) * 64 + thread % 64]);
+            own = add_sums(own, ((const Sum*)memory.sums(l, w, index * kGroupRows + row))[token * 64 + thread % 64]);
         }
         u32* slot = l.slots + token * kChunk + thread;
         const int stride = l.tokens * kChunk;
@@ -245,7 +238,7 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
         }
         if (mine) sum = take_slots(slot + meeting.first_block * stride, blockIdx.x - meeting.first_block, stride);
         sum = add_sums(sum, own);
-        float v = SEGMENTED ? (float)sum : __fmul_rn(scales[token], (float)sum);
+        float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
         __syncwarp();
         #pragma unroll 1
         for (int h = 1; h < l.output_block; h *= 2) {
@@ -254,7 +247,7 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
                 other = __shfl_xor_sync(~0u, v, h);
             } else {
                 // two buffers in turns, so that one barrier is enough; those of the two halves of a block are numbered 1 and 2
-                float* const buffer = exchange + turn * kChunk;
+                float* const buffer = memory.exchange + (threadIdx.x / kChunk * 2 + turn) * kChunk;
                 turn ^= 1;
                 buffer[thread] = v;
                 asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / kChunk) : "memory");
@@ -265,20 +258,6 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
         if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(__fmul_rn(v, l.output_normal), scale));
     }
 }
-
-// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `end_piece`, who meets whom, scales of inputs.
-struct Memory {
-    i8* values;
-    Four* partial;
-    float* exchange;
-    Meeting* meetings;
-    float* scales;
-
-    __device__ __forceinline__ Memory(const LayerArguments& l, int rows)
-        : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)),
-          exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
-          meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
-};
 
 // The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next.
 __device__ __forceinline__ void decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
@@ -291,7 +270,7 @@ __device__ __forceinline__ void decode_first(const LayerArguments& l, const Shar
             walk.load(next, lane);
         }
         decode_unit(ahead, w, lookup, lane);
-        if (i < STORED) Store(i, threadIdx.x / 32, lane).put(ahead);
+        if (i < STORED) Store(i, worker_of(threadIdx.x / 32), lane).put(ahead);
         #pragma unroll
         for (int j = 0; j < kWords; j++) w[j] = next[j];
     }
@@ -300,27 +279,30 @@ __device__ __forceinline__ void decode_first(const LayerArguments& l, const Shar
 // The sums of a warp's units.
 __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords],
     const Operands& ahead, const Lookup& lookup, const Memory& memory, int lane) {
-    const int g = lane >> 2, warp = threadIdx.x >> 5;
+    const int g = lane >> 2, worker = worker_of(threadIdx.x >> 5);
     const uint4* inputs = (const uint4*)(memory.values + (g < l.tokens ? g : 0) * 64 * l.units) + (lane & 3);
-    const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
+    const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[memory.place(unit) * 4] : make_uint4(0, 0, 0, 0); };
     Row row;
     row.sums.clear();
-    row.to = memory.sums_of(l, worker_of(warp), here.index);
+    row.to = memory.sums(l, worker, here.index);
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
         Operands operands;
-        Store(i, warp, lane).get(operands);
+        Store(i, worker, lane).get(operands);
         multiply_operands(row.sums, operands, inputs_at(here.unit));
-        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || i + 1 == left, lane);
+        // the sums may lie where operands were
+        if (ALL) __syncwarp();
+        row.end_unit(l, memory.scales, memory.place(here.unit), here.unit + 1 == here.end || i + 1 == left, lane);
         here.step(l, share);
     }
     left -= STORED;
     if (STORED && left > 0) {
         multiply_operands(row.sums, ahead, inputs_at(here.unit));
-        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || left == 1, lane);
+        row.end_unit(l, memory.scales, memory.place(here.unit), here.unit + 1 == here.end || left == 1, lane);
         here.step(l, share);
         left--;
     }
+    if (ALL) return;
     uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
     if (left > 0) x4 = inputs_at(here.unit);
     #pragma unroll 1
@@ -354,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     if (left) walk.load(w, lane);
     prefetch_scales(l, share);
     fill_table();
-    const Memory memory(l, pieces * kGroupRows);
+    const Memory memory(l, share, pieces * kGroupRows);
     const Lookup lookup = {address_parts(lane), (u32)l.one};
     __syncthreads();
     Operands ahead;
@@ -364,11 +346,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     if (warp == WARPS - 1)
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
-    if (l.values) copy_inputs(memory.values, memory.scales, l, segments);
-    else {
-        u32* const tops = (u32*)(memory.scales + l.tokens * segments);
-        prepare_inputs(memory.values, memory.scales, tops, l, share.k, min(share.count, l.units), segments);
-    }
+    if (l.values) copy_inputs(memory, l, segments);
+    else prepare_inputs(memory, l, share.k, min(share.count, l.units), segments);
     __syncthreads();
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
     __syncthreads();
@@ -376,6 +355,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     int turn = 0;
     #pragma unroll 1
     for (int p = pieces - 1 - (int)threadIdx.x / kChunk; p >= 0; p -= 32 * WARPS / kChunk)
-        end_piece(l, share, p, memory.meetings, (const Sum*)memory.partial, memory.exchange + threadIdx.x / kChunk * 2 * kChunk,
-            memory.scales, turn);
+        end_piece(l, share, p, memory, turn);
 }
