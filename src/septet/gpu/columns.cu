@@ -101,23 +101,29 @@ __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const S
     if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
 }
 
-// Who has sums of a row of a piece: warps of this block, and blocks from `first_block` to this one. Found out in advance.
+// Which warps have sums of a row of a piece, and the block's units. Found out in advance.
 struct Meeting {
-    int from, to, first_block;
+    int from, to, units;
 
     __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
         const Piece piece = share.piece(l, index);
-        const int units = share.units(l), begin = piece.before + row * piece.length;
+        const int begin = piece.before + row * piece.length;
+        units = share.units(l);
         from = ((begin + 1) * WARPS - 1) / units;
         to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
-        first_block = l.block_at(piece.group * l.units);
     }
 };
 
 #if SEGMENTED
 typedef float Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
+__device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
 #else
 typedef int Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
+__device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
+__device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
 #endif
 
 struct alignas(16) Four {
@@ -128,9 +134,12 @@ struct alignas(16) Four {
 constexpr int kOperandBytes = 64 * 64, kGaps = ENTRIES / 32;
 constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
 
-// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `end_piece`, who meets whom, scales of inputs. With ALL,
-// decoded units take nearly all of it: there are only the inputs of the block's own chunks, and sums and buffers take the place of the
-// first and the second unit of each warp (see `Store`), which are read before.
+// Of one output of a unit of the block, with ALL: where the table was, of which nothing is needed then.
+__device__ __forceinline__ u32 unit_sums(int unit, int output) { return kTableAt + (2 * unit + output / 32) * 256 + output % 32 * 4; }
+
+// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `Ending`, which warps meet, scales of inputs. With ALL,
+// decoded units take nearly all of it: there are only the inputs of the block's own chunks, `unit_sums` instead of those of warps, and
+// buffers where units have been.
 struct Memory {
     i8* values;
     Four* partial;
@@ -144,23 +153,21 @@ struct Memory {
         first = share.k / kChunkUnits * kChunkUnits;
         u64 begin;
         asm("cvta.to.shared.u64 %0, %1;" : "=l"(begin) : "l"(shared_memory));
-        i8* const operands = values + (kOperandsAt - (u32)begin);
-        partial = (Four*)(operands + ((STORED - 1) * WARPS - kGaps) * kOperandBytes);
-        exchange = (float*)(operands + ((STORED - 2) * WARPS - kGaps) * kOperandBytes);
-        meetings = (Meeting*)(values + min(l.units / kChunkUnits, (share.count + 2) / kChunkUnits + 1) * kChunk);
+        exchange = (float*)(values + (kOperandsAt - (u32)begin));
+        scales = (float*)(values + min(l.units / kChunkUnits, (share.count + 2) / kChunkUnits + 1) * kChunk);
 #else
         first = 0;
         partial = (Four*)(values + l.tokens * 64 * l.units);
         exchange = (float*)(partial + (WARPS + rows) * l.tokens * 16);
         meetings = (Meeting*)(exchange + 2 * 32 * WARPS);
-#endif
         scales = (float*)(meetings + rows);
+#endif
     }
 
     __device__ __forceinline__ int place(int unit) const { return ALL && unit < first ? unit - first + units : unit - first; }
 
     // What the warp with share `worker` has of a row of a piece; its next row follows.
     __device__ __forceinline__ Four* sums(const LayerArguments& l, int worker, int row) const {
-        return partial + (ALL ? worker * (kOperandBytes / 16) + row * 16 : (worker + row) * l.tokens * 16);
+        return partial + (worker + row) * l.tokens * 16;
     }
 };

@@ -152,12 +152,10 @@ def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKin
 
 def _decodes_all(units: int, most: int) -> bool:
     """Whether blocks with at most so many columns can keep them decoded: `compiled.SMALLEST`."""
-    kind, pieces = compiled.SMALLEST, most // units + 2
-    # inputs of whole chunks, a scale for each unit of them, three words for each row, and a word per warp
+    kind = compiled.SMALLEST
+    # inputs of whole chunks, a scale for each unit of them, and a word per warp
     chunks = min(units // _GROUP_ROWS, (most + 2) // _GROUP_ROWS + 1)
-    room = chunks * (_CHUNK + 4 * _GROUP_ROWS) + _GROUP_ROWS * pieces * 12 + 4 * kind.warps
-    # a row's sums take 256 bytes of the 4 KiB of a unit
-    fits = room <= kind.room and _GROUP_ROWS * pieces <= 16
+    fits = chunks * (_CHUNK + 4 * _GROUP_ROWS) + 4 * kind.warps <= kind.room
     return fits and units % _GROUP_ROWS == 0 and most * _GROUP_ROWS <= kind.warps * (kind.stored + 1)
 
 

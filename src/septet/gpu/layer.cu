@@ -74,71 +74,6 @@ __device__ __forceinline__ void copy_inputs(const Memory& memory, const LayerArg
     for (int i = threadIdx.x; i < l.tokens * segments; i += 32 * WARPS) memory.scales[i] = l.scales[i];
 }
 
-// The tensor cores' operands of a unit.
-typedef u32 Operands[2][4][4];
-
-__device__ __forceinline__ void decode_unit(Operands& e, const u32 (&w)[kWords], const Lookup& lookup, int lane) {
-    #pragma unroll
-    for (int q = 0; q < 2; q++) {
-        u32 a[5], b[5];
-        chunks(w + BITS * q, lane, a, b);
-        #pragma unroll
-        for (int j = 0; j < 4; j++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) e[q][j][i] = lookup.four(i / 2 ? b : a, 2 * j + i % 2);
-    }
-}
-
-__device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e, const uint4& x) {
-    #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        multiply(sums.of[0][j], e[0][j][0], e[0][j][1], e[0][j][2], e[0][j][3], x.x, x.y);
-        multiply(sums.of[0][j], e[1][j][0], e[1][j][1], e[1][j][2], e[1][j][3], x.z, x.w);
-    }
-}
-
-// Where a lane keeps operands of stored unit `i` of its warp's share `worker`, and how far four words are from the next: the last units of
-// warps in the gaps of the table with one place, the others behind the table.
-struct Store {
-    u32 at, stride;
-
-    __device__ __forceinline__ Store(int i, int worker, int lane) {
-        const int place = (STORED - 1 - i) * WARPS + worker;
-        const bool in_gap = place < kGaps;
-        at = in_gap ? kTableAt + place * 2 * kOperandBytes + 128 + lane / 8 * 256 + lane % 8 * 16
-                    : kOperandsAt + (place - kGaps) * kOperandBytes + lane * 16;
-        stride = in_gap ? 4 * 256 : 4 * 128;
-    }
-
-    __device__ __forceinline__ void put(const Operands& e) const {
-        #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const u32 (&four)[4] = e[n / 4][n % 4];
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                :: "r"(at + n * stride), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3]) : "memory");
-        }
-    }
-
-    __device__ __forceinline__ void get(Operands& e) const {
-        #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            u32 (&four)[4] = e[n / 4][n % 4];
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3]) : "r"(at + n * stride) : "memory");
-        }
-    }
-};
-
-#if SEGMENTED
-__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
-__device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
-#else
-__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
-__device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
-__device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
-#endif
-
 // Sums of a row of tiles as they grow, and where they go.
 struct Row {
     Sums sums;
@@ -188,8 +123,8 @@ __device__ __forceinline__ void put(u32* p, u32 word) {
 }
 
 // The sum of a word of each of `count` slots in order, as soon as they are there.
-__device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
-    constexpr int kAtATime = 12;
+__device__ __forceinline__ Sum add_slots(const u32* slot, int count, int stride) {
+    constexpr int kAtATime = BLOCKS == 2 ? 12 : 8;
     int patience = 1 << 23;   // what never comes must not hang the device
     Sum sum = 0;
     #pragma unroll 1
@@ -204,44 +139,57 @@ __device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
             if (--patience == 0) __trap();
         }
         #pragma unroll
-        for (int i = 0; i < kAtATime; i++)
-            if (i < count) {
-                sum = add_sums(sum, sum_of(words[i]));
-                put(slot + i * stride, kEmpty);
-            }
+        for (int i = 0; i < kAtATime; i++) sum = add_sums(sum, sum_of(words[i]));
     }
     return sum;
 }
 
-// Sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
-__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Memory& memory, int& turn) {
-    const Piece piece = share.piece(l, index);
-    const int thread = threadIdx.x % kChunk, row = thread / 64, o = piece.group * kChunk + thread, units = share.units(l);
-    const bool ends = piece.k + piece.length == l.units, inside = ends && o < l.outputs;
-    const float scale = of_half(inside ? l.output_scale[o] : (u16)0);
-    const Meeting meeting = memory.meetings[index * kGroupRows + row];
-    #pragma unroll 1
-    for (int token = 0; token < l.tokens; token++) {
-        Sum own = 0, sum = 0;
+// What becomes of the sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
+// All that is known before the inputs are there is found out then.
+struct Ending {
+    int thread, row, o, stride, blocks, index, length, first;
+    u32* slot;
+    bool mine, ends, inside;
+    float scale;
+
+    __device__ __forceinline__ Ending(const LayerArguments& l, const Share& share, int piece_index)
+        : thread(threadIdx.x % kChunk), row(thread / 64), stride(l.tokens * kChunk), index(piece_index) {
+        const Piece piece = share.piece(l, index);
+        o = piece.group * kChunk + thread;
+        ends = piece.k + piece.length == l.units;
+        inside = ends && o < l.outputs;
+        mine = row < piece.rows;
+        scale = of_half(inside ? l.output_scale[o] : (u16)0);
+        length = piece.length;
+        first = piece.before + row * length;
+        const int first_block = ends ? l.block_at(piece.group * l.units) : blockIdx.x;
+        blocks = blockIdx.x - first_block;
+        slot = l.slots + first_block * stride + thread;
+    }
+
+    // Of all warps of this block.
+    __device__ __forceinline__ Sum own_sum(const LayerArguments& l, const Memory& memory, int token) const {
+        Sum own = 0;
+        if (!mine) return own;
+#if ALL
+        #pragma unroll 8
+        for (int i = 0; i < length; i++) own = add_sums(own, sum_of(table_word(unit_sums(first + i, thread % 64))));
+#else
+        const Meeting meeting = memory.meetings[index * kGroupRows + row];
         #pragma unroll 4
         for (int w = meeting.from; w <= meeting.to; w++) {
             // a warp without units has left nothing
-            if (units * (w + 1) / WARPS == units * w / WARPS) continue;
+            if (meeting.units * (w + 1) / WARPS == meeting.units * w / WARPS) continue;
             own = add_sums(own, ((const Sum*)memory.sums(l, w, index * kGroupRows + row))[token * 64 + thread % 64]);
         }
-        u32* slot = l.slots + token * kChunk + thread;
-        const int stride = l.tokens * kChunk;
-        const bool mine = meeting.to >= 0;
-        if (!ends) {
-            if (mine) put(slot + blockIdx.x * stride, word_of(own));
-            continue;
-        }
-        if (mine) sum = take_slots(slot + meeting.first_block * stride, blockIdx.x - meeting.first_block, stride);
-        sum = add_sums(sum, own);
-        float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
-        __syncwarp();
-        #pragma unroll 1
-        for (int h = 1; h < l.output_block; h *= 2) {
+#endif
+        return own;
+    }
+
+    __device__ __forceinline__ float rotated(float v, const LayerArguments& l, const Memory& memory, int& turn) const {
+        #pragma unroll (ALL ? 8 : 1)
+        for (int h = 1; h < kChunk; h *= 2) {
+            if (h >= l.output_block) break;
             float other;
             if (h < 32) {
                 other = __shfl_xor_sync(~0u, v, h);
@@ -255,27 +203,31 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
             }
             v = butterfly(v, other, thread & h);
         }
-        if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(__fmul_rn(v, l.output_normal), scale));
+        return __fmul_rn(v, l.output_normal);
     }
-}
 
-// The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next.
-__device__ __forceinline__ void decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
-    Operands& ahead, const Lookup& lookup, int lane) {
-    #pragma unroll 1
-    for (int i = 0; i < min(STORED + 1, left); i++) {
-        u32 next[kWords];
-        if (i + 1 < left) {
-            walk.step(l, share);
-            walk.load(next, lane);
+    __device__ __forceinline__ void end(const LayerArguments& l, const Memory& memory, int& turn) const {
+        #pragma unroll 1
+        for (int token = 0; token < l.tokens; token++) {
+            const Sum own = own_sum(l, memory, token);
+            u32* at = slot + token * kChunk;
+            if (!ends) {
+                if (mine) put(at, word_of(own));
+                continue;
+            }
+            const int count = mine ? blocks : 0;
+            const Sum sum = add_sums(add_slots(at, count, stride), own);
+            const float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
+            __syncwarp();
+            const float y = rotated(v, l, memory, turn);
+            if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(y, scale));
+            #pragma unroll 1
+            for (int i = 0; i < count; i++) put(at + i * stride, kEmpty);
         }
-        decode_unit(ahead, w, lookup, lane);
-        if (i < STORED) Store(i, worker_of(threadIdx.x / 32), lane).put(ahead);
-        #pragma unroll
-        for (int j = 0; j < kWords; j++) w[j] = next[j];
     }
-}
+};
 
+#if !ALL
 // The sums of a warp's units.
 __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords],
     const Operands& ahead, const Lookup& lookup, const Memory& memory, int lane) {
@@ -290,8 +242,6 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
         Operands operands;
         Store(i, worker, lane).get(operands);
         multiply_operands(row.sums, operands, inputs_at(here.unit));
-        // the sums may lie where operands were
-        if (ALL) __syncwarp();
         row.end_unit(l, memory.scales, memory.place(here.unit), here.unit + 1 == here.end || i + 1 == left, lane);
         here.step(l, share);
     }
@@ -302,7 +252,6 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
         here.step(l, share);
         left--;
     }
-    if (ALL) return;
     uint4 x4 = make_uint4(0, 0, 0, 0), next_x4 = x4;
     if (left > 0) x4 = inputs_at(here.unit);
     #pragma unroll 1
@@ -324,6 +273,7 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
         x4 = next_x4;
     }
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, worker = worker_of(warp);
@@ -341,19 +291,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     __syncthreads();
     Operands ahead;
     if (STORED) decode_first(l, share, walk, left, w, ahead, lookup, lane);
-    wait_for_inputs();
-    // who has least to do with inputs
+    // the last piece first: other blocks wait for it, or none
+    int p = pieces - 1 - (int)threadIdx.x / kChunk, turn = 0;
+#if ALL
+    const u32 places = places_of(l, share, walk, left, memory);
+    Ending ending(l, share, p);
+#else
     if (warp == WARPS - 1)
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
+#endif
+    wait_for_inputs();
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
     if (l.values) copy_inputs(memory, l, segments);
     else prepare_inputs(memory, l, share.k, min(share.count, l.units), segments);
     __syncthreads();
+#if ALL
+    if (left) multiply_all(l, begin, left, places, ahead, memory, lane);
+#else
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
+    Ending ending(l, share, max(p, 0));
+#endif
     __syncthreads();
-    // the last first: other blocks wait for it, or none
-    int turn = 0;
     #pragma unroll 1
-    for (int p = pieces - 1 - (int)threadIdx.x / kChunk; p >= 0; p -= 32 * WARPS / kChunk)
-        end_piece(l, share, p, memory, turn);
+    while (p >= 0) {
+        ending.end(l, memory, turn);
+        p -= 32 * WARPS / kChunk;
+        if (p >= 0) ending = Ending(l, share, p);
+    }
 }
