@@ -132,6 +132,7 @@ struct alignas(16) Four {
 
 // A unit's operands of the tensor cores; units that fit into the gaps of the table with one place; what comes behind it.
 constexpr int kOperandBytes = 64 * 64, kGaps = ENTRIES / 32;
+constexpr int kMostChunks = 3;   // of inputs, with ALL
 constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
 
 // Of one output of a unit of the block, with ALL: where the table was, of which nothing is needed then.
@@ -154,7 +155,7 @@ struct Memory {
         u64 begin;
         asm("cvta.to.shared.u64 %0, %1;" : "=l"(begin) : "l"(shared_memory));
         exchange = (float*)(values + (kOperandsAt - (u32)begin));
-        scales = (float*)(values + min(l.units / kChunkUnits, (share.count + 2) / kChunkUnits + 1) * kChunk);
+        scales = (float*)(values + chunks(l, share) * kChunk);
 #else
         first = 0;
         partial = (Four*)(values + l.tokens * 64 * l.units);
@@ -165,6 +166,11 @@ struct Memory {
     }
 
     __device__ __forceinline__ int place(int unit) const { return ALL && unit < first ? unit - first + units : unit - first; }
+
+    // Of inputs, with ALL.
+    __device__ __forceinline__ static int chunks(const LayerArguments& l, const Share& share) {
+        return min(l.units / kChunkUnits, (share.count + kChunkUnits - 2) / kChunkUnits + 1);
+    }
 
     // What the warp with share `worker` has of a row of a piece; its next row follows.
     __device__ __forceinline__ Four* sums(const LayerArguments& l, int worker, int row) const {

@@ -89,16 +89,17 @@ __device__ __forceinline__ u32 places_of(const LayerArguments& l, const Share& s
 __device__ __forceinline__ void multiply_all(const LayerArguments& l, int begin, int left, u32 places, const Operands& ahead,
     const Memory& memory, int lane) {
     const int g = lane >> 2, t = lane & 3, worker = worker_of(threadIdx.x >> 5);
-    const uint4 zeros = make_uint4(0, 0, 0, 0);
-    const uint4 x = g < left ? ((const uint4*)memory.values)[(places >> 8 * g & 0xFF) * 4 + t] : zeros;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (g < left) x = ((const uint4*)memory.values)[(places >> 8 * g & 0xFF) * 4 + t];
+    const auto x_of = [&](int unit) { return make_uint4(g == unit ? x.x : 0, g == unit ? x.y : 0, g == unit ? x.z : 0, g == unit ? x.w : 0); };
     Sums sums;
     sums.clear();
-    multiply_operands(sums, ahead, g == STORED ? x : zeros);
+    multiply_operands(sums, ahead, x_of(STORED));
     #pragma unroll
     for (int i = 0; i < STORED; i++) {
         Operands operands;
         Store(i, worker, lane).get(operands);
-        multiply_operands(sums, operands, g == i ? x : zeros);
+        multiply_operands(sums, operands, x_of(i));
     }
     #pragma unroll
     for (int i = 0; i < 2; i++) {
