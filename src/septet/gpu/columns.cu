@@ -101,16 +101,22 @@ __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const S
     if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
 }
 
-// Which warps have sums of a row of a piece, and the block's units. Found out in advance.
+// Who has sums of a row of a piece: warps of this block, a bit for each from `from` on, and blocks from `first_block` to this one. Found out
+// in advance.
 struct Meeting {
-    int from, to, units;
+    int from, first_block;
+    u32 warps;
 
     __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
         const Piece piece = share.piece(l, index);
-        const int begin = piece.before + row * piece.length;
-        units = share.units(l);
+        const int units = share.units(l), begin = piece.before + row * piece.length;
         from = ((begin + 1) * WARPS - 1) / units;
-        to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
+        first_block = l.block_at(piece.group * l.units);
+        warps = 0;
+        if (row >= piece.rows) return;
+        const int to = ((begin + piece.length) * WARPS - 1) / units;
+        // a warp without units has left nothing
+        for (int w = from; w <= to; w++) warps |= (u32)(units * (w + 1) / WARPS != units * w / WARPS) << w - from;
     }
 };
 

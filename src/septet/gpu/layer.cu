@@ -13,6 +13,7 @@
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
+constexpr int kSlots = BLOCKS == 2 ? 12 : 8;   // that are read at once
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
 
 // 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
@@ -175,36 +176,44 @@ __device__ __forceinline__ void put(u32* p, u32 word) {
 
 // The sum of a word of each of `count` slots in order, as soon as they are there.
 __device__ __forceinline__ Sum add_slots(const u32* slot, int count, int stride) {
-    constexpr int kAtATime = BLOCKS == 2 ? 12 : 8;
     int patience = 1 << 23;   // what never comes must not hang the device
     Sum sum = 0;
     #pragma unroll 1
-    for (; count > 0; count -= kAtATime, slot += kAtATime * stride) {
-        u32 words[kAtATime];
+    for (; count > 0; count -= kSlots, slot += kSlots * stride) {
+        u32 words[kSlots];
         for (bool missing = true; missing;) {
             missing = false;
             #pragma unroll
-            for (int i = 0; i < kAtATime; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
+            for (int i = 0; i < kSlots; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
             #pragma unroll
-            for (int i = 0; i < kAtATime; i++) missing |= words[i] == kEmpty;
+            for (int i = 0; i < kSlots; i++) missing |= words[i] == kEmpty;
             if (--patience == 0) __trap();
         }
         #pragma unroll
-        for (int i = 0; i < kAtATime; i++) sum = add_sums(sum, sum_of(words[i]));
+        for (int i = 0; i < kSlots; i++) sum = add_sums(sum, sum_of(words[i]));
     }
     return sum;
 }
 
+__device__ __forceinline__ void empty_slots(u32* slot, int count, int stride) {
+    #pragma unroll 1
+    for (; count > 0; count -= kSlots, slot += kSlots * stride) {
+        #pragma unroll
+        for (int i = 0; i < kSlots; i++)
+            asm volatile("{\n.reg .pred p;\nsetp.gt.s32 p, %2, 0;\n@p st.relaxed.gpu.global.u32 [%0], %1;\n}"
+                :: "l"(slot + i * stride), "r"(kEmpty), "r"(count - i) : "memory");
+    }
+}
+
 // What becomes of the sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
-// All that is known before the inputs are there is found out then.
 struct Ending {
-    int thread, row, o, stride, blocks, index, length, first;
+    int thread, row, o, blocks, index, length, first;
     u32* slot;
     bool mine, ends, inside;
     float scale;
 
-    __device__ __forceinline__ Ending(const LayerArguments& l, const Share& share, int piece_index)
-        : thread(threadIdx.x % kChunk), row(thread / 64), stride(l.tokens * kChunk), index(piece_index) {
+    __device__ __forceinline__ Ending(const LayerArguments& l, const Share& share, const Memory& memory, int piece_index)
+        : thread(threadIdx.x % kChunk), row(thread / 64), index(piece_index) {
         const Piece piece = share.piece(l, index);
         o = piece.group * kChunk + thread;
         ends = piece.k + piece.length == l.units;
@@ -213,25 +222,36 @@ struct Ending {
         scale = of_half(inside ? l.output_scale[o] : (u16)0);
         length = piece.length;
         first = piece.before + row * length;
-        const int first_block = ends ? l.block_at(piece.group * l.units) : blockIdx.x;
+        int first_block = blockIdx.x;
+        if (ends) first_block = ALL ? l.block_at(piece.group * l.units) : memory.meetings[index * kGroupRows + row].first_block;
         blocks = blockIdx.x - first_block;
-        slot = l.slots + first_block * stride + thread;
+        slot = l.slots + first_block * stride(l) + thread;
     }
+
+    __device__ __forceinline__ static int stride(const LayerArguments& l) { return ALL ? kChunk : l.tokens * kChunk; }
 
     // Of all warps of this block.
     __device__ __forceinline__ Sum own_sum(const LayerArguments& l, const Memory& memory, int token) const {
         Sum own = 0;
-        if (!mine) return own;
 #if ALL
-        #pragma unroll 8
-        for (int i = 0; i < length; i++) own = add_sums(own, sum_of(table_word(unit_sums(first + i, thread % 64))));
+        #pragma unroll 1
+        for (int left = mine ? length : 0, unit = first; left > 0; left -= 8, unit += 8) {
+            u32 words[8];
+            #pragma unroll
+            for (int i = 0; i < 8; i++) words[i] = i < left ? table_word(unit_sums(unit, thread % 64) + i * 512) : 0;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) own = add_sums(own, sum_of(words[i]));
+        }
 #else
         const Meeting meeting = memory.meetings[index * kGroupRows + row];
-        #pragma unroll 4
-        for (int w = meeting.from; w <= meeting.to; w++) {
-            // a warp without units has left nothing
-            if (meeting.units * (w + 1) / WARPS == meeting.units * w / WARPS) continue;
-            own = add_sums(own, ((const Sum*)memory.sums(l, w, index * kGroupRows + row))[token * 64 + thread % 64]);
+        const u32* at = (const u32*)memory.sums(l, meeting.from, index * kGroupRows + row) + token * 64 + thread % 64;
+        #pragma unroll 1
+        for (u32 warps = meeting.warps; warps; warps >>= 8, at += 8 * 64 * l.tokens) {
+            u32 words[8];
+            #pragma unroll
+            for (int i = 0; i < 8; i++) words[i] = warps >> i & 1 ? at[i * 64 * l.tokens] : 0;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) own = add_sums(own, sum_of(words[i]));
         }
 #endif
         return own;
@@ -267,13 +287,12 @@ struct Ending {
                 continue;
             }
             const int count = mine ? blocks : 0;
-            const Sum sum = add_sums(add_slots(at, count, stride), own);
+            const Sum sum = add_sums(add_slots(at, count, stride(l)), own);
             const float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
             __syncwarp();
             const float y = rotated(v, l, memory, turn);
             if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(y, scale));
-            #pragma unroll 1
-            for (int i = 0; i < count; i++) put(at + i * stride, kEmpty);
+            empty_slots(at, count, stride(l));
         }
     }
 };
@@ -336,29 +355,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     let_the_next_begin();
     if (left) walk.load(w, lane);
     prefetch_scales(l, share);
-    fill_table();
     const Memory memory(l, share, pieces * kGroupRows);
     const Lookup lookup = {address_parts(lane), (u32)l.one};
-    __syncthreads();
-    Operands ahead;
-    if (STORED) decode_first(l, share, walk, left, w, ahead, lookup, lane);
     // the last piece first: other blocks wait for it, or none
     int p = pieces - 1 - (int)threadIdx.x / kChunk, turn = 0;
 #if ALL
-    const u32 places = places_of(l, share, walk, left, memory);
-    Ending ending(l, share, p);
-    const bool by_chunk = SEGMENTED && l.input_block == kChunk;
+    // while the first weights come
+    Ending ending(l, share, memory, p);
     const ChunkInputs chunk_inputs(l, memory, share);
-    // everything is decoded, and the place of the table free
-    __syncthreads();
 #else
     if (warp == WARPS - 1)
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
 #endif
+    fill_table();
+    __syncthreads();
+    Operands ahead;
+    u32 places = 0;
+    if (STORED) places = decode_first(l, share, walk, left, w, ahead, lookup, memory, lane);
+#if ALL
+    // everything is decoded, and the place of the table free
+    __syncthreads();
+#endif
     wait_for_inputs();
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
 #if ALL
-    if (by_chunk) chunk_inputs.prepare(l, memory, warp, lane);
+    if (SEGMENTED && l.input_block == kChunk) chunk_inputs.prepare(l, memory, warp, lane);
     else
 #else
     if (l.values) copy_inputs(memory, l, segments);
@@ -370,13 +391,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     if (left) multiply_all(l, begin, left, places, ahead, memory, lane);
 #else
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
-    Ending ending(l, share, max(p, 0));
 #endif
     __syncthreads();
+#if !ALL
+    Ending ending(l, share, memory, max(p, 0));
+#endif
     #pragma unroll 1
     while (p >= 0) {
         ending.end(l, memory, turn);
         p -= 32 * WARPS / kChunk;
-        if (p >= 0) ending = Ending(l, share, p);
+        if (p >= 0) ending = Ending(l, share, memory, p);
     }
 }

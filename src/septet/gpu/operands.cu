@@ -55,12 +55,15 @@ struct Store {
     }
 };
 
-// The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next.
-__device__ __forceinline__ void decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
-    Operands& ahead, const Lookup& lookup, int lane) {
+// The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next. Returns where their
+// inputs are, counted in units: a byte for each of the first four.
+__device__ __forceinline__ u32 decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
+    Operands& ahead, const Lookup& lookup, const Memory& memory, int lane) {
+    u32 places = 0;
     #pragma unroll 1
     for (int i = 0; i < min(STORED + 1, left); i++) {
         u32 next[kWords];
+        places |= (u32)memory.place(walk.unit) << 8 * i;
         if (i + 1 < left) {
             walk.step(l, share);
             walk.load(next, lane);
@@ -70,20 +73,10 @@ __device__ __forceinline__ void decode_first(const LayerArguments& l, const Shar
         #pragma unroll
         for (int j = 0; j < kWords; j++) w[j] = next[j];
     }
-}
-
-#if ALL
-// Where the inputs of a warp's units are, counted in units: a byte for each.
-__device__ __forceinline__ u32 places_of(const LayerArguments& l, const Share& share, Walk here, int left, const Memory& memory) {
-    u32 places = 0;
-    #pragma unroll 1
-    for (int i = 0; i < left; i++) {
-        places |= (u32)memory.place(here.unit) << 8 * i;
-        if (i + 1 < left) here.step(l, share);
-    }
     return places;
 }
 
+#if ALL
 // The sums of each of a warp's units, `left` from the block's unit `begin` on, to shared memory. As many columns of the tensor cores are for
 // tokens, and there is one; so each unit has a column of its own, and nothing is done between units.
 __device__ __forceinline__ void multiply_all(const LayerArguments& l, int begin, int left, u32 places, const Operands& ahead,
