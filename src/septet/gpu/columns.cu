@@ -12,12 +12,17 @@ struct LayerArguments {
     const i8* values;      // rounded inputs from `rotate`, or null
     const float* scales;
     int inputs, outputs, units, rows, tokens, segment_shift, one, input_block, output_block;
-    u32 each, more, part;  // columns of a block, blocks that have one more, and 2^32 / units rounded up, to divide by units
+    u32 each, more;        // columns of a block, and first blocks that have one more
+    u32 late, less;        // blocks from `late` on have `less` columns less
+    u32 part;              // 2^32 / units rounded up, to divide by units
     float input_normal, output_normal;
 
-    __device__ __forceinline__ u32 first_column(u32 block) const { return block * each + min(block, more); }
+    __device__ __forceinline__ u32 first_column(u32 block) const {
+        return block * each + min(block, more) - (block > late ? (block - late) * less : 0);
+    }
     __device__ __forceinline__ u32 block_at(u32 column) const {
-        const u32 longer = more * (each + 1);
+        const u32 longer = more * (each + 1), shorter = late * each + more;
+        if (column >= shorter) return late + (column - shorter) / (each - less);
         return column < longer ? column / (each + 1) : more + (column - longer) / each;
     }
     __device__ __forceinline__ u32 by_units(u32 column) const { return units == 1 ? column : __umulhi(column, part); }

@@ -67,7 +67,7 @@ class LayerArguments(ctypes.Structure):
         *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "values", "scales")),
         *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "segment_shift", "one")),
         *((name, _I) for name in ("input_block", "output_block")),
-        *((name, ctypes.c_uint32) for name in ("each", "more", "part")),
+        *((name, ctypes.c_uint32) for name in ("each", "more", "late", "less", "part")),
         *((name, _F) for name in ("input_normal", "output_normal")),
     ]
 

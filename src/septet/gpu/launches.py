@@ -39,6 +39,7 @@ _MOST_INPUTS = 1 << 17
 _EMPTY = -(1 << 31)
 #: Rows of 64 outputs that are finished together.
 _GROUP_ROWS = 4
+LESS = 0
 #: Units on a multiprocessor up to which layers are small.
 _SMALL_UNITS = 64
 
@@ -159,6 +160,25 @@ def _decodes_all(units: int, most: int) -> bool:
     return fits and units % _GROUP_ROWS == 0 and most * _GROUP_ROWS <= kind.warps * (kind.stored + 1)
 
 
+def shares(columns: int, groups: int, blocks: int) -> tuple[int, int, int, int]:
+    """How columns are divided among blocks of threads: `each`, `more`, `late` and `less` of LayerArguments.
+
+    Blocks begin in order, the last as many as there are groups where a group was finished by the launch before, after the others. So they
+    get less, if no other gets more than it would by an even division, rounded up.
+
+    Args:
+        columns: of 4 x 64 outputs and 64 inputs.
+        groups: of 256 outputs.
+        blocks: at most as many as there are columns.
+    """
+    late, most = blocks - groups, -(-columns // blocks)
+    less = LESS
+    each, more = divmod(columns + groups * less, blocks)
+    if less and 0 < groups <= blocks // 2 and more <= late and each > less:
+        return each, more, late, less
+    return *divmod(columns, blocks), blocks, 0
+
+
 def _blocks_of(device: int, columns: int) -> int:
     return min(compiled.processors_of(device), columns)
 
@@ -214,8 +234,8 @@ def whole_layer(
     y = x.new_empty((tokens, outputs))
     pointers = (None if t is None else t.data_ptr() for t in (arranged, x, *scales, y, slots, values, activation_scales))
     sizes = inputs, outputs, units_of(inputs), -(-outputs // 64), tokens, _shift(segment), 1
-    columns = -(-sizes[3] // _GROUP_ROWS) * sizes[2]
-    division = *divmod(columns, blocks_of_threads), -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
+    groups = -(-sizes[3] // _GROUP_ROWS)
+    division = *shares(groups * sizes[2], groups, blocks_of_threads), -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
     arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *division, *(_normal(block) for block in blocks))
     kernel = layer_kernel(device, bits, x.dtype, kind, segment is not None)
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
