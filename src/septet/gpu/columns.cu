@@ -149,13 +149,14 @@ constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
 // Of one output of a unit of the block, with ALL: where the table was, of which nothing is needed then.
 __device__ __forceinline__ u32 unit_sums(int unit, int output) { return kTableAt + (2 * unit + output / 32) * 256 + output % 32 * 4; }
 
-// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `Ending`, which warps meet, scales of inputs. With ALL,
+// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `Ending`, endings, who meets whom, scales. With ALL,
 // decoded units take nearly all of it: there are only the inputs of the block's own chunks, `unit_sums` instead of those of warps, and
 // buffers where units have been.
 struct Memory {
     i8* values;
     Four* partial;
     float* exchange;
+    uint4* kept;
     Meeting* meetings;
     float* scales;
     int first, units;   // the unit whose inputs come first; those of unit 0 follow the last
@@ -171,7 +172,8 @@ struct Memory {
         first = 0;
         partial = (Four*)(values + l.tokens * 64 * l.units);
         exchange = (float*)(partial + (WARPS + rows) * l.tokens * 16);
-        meetings = (Meeting*)(exchange + 2 * 32 * WARPS);
+        kept = (uint4*)(exchange + 2 * 32 * WARPS);
+        meetings = (Meeting*)(kept + (BLOCKS == 1 ? 32 * WARPS : 0));
         scales = (float*)(meetings + rows);
 #endif
     }

@@ -92,6 +92,11 @@ class LayerKind(NamedTuple):
     decodes_all: bool = False
 
     @property
+    def units(self) -> int:
+        """Units of a block that are decoded before inputs are waited for."""
+        return self.warps * (self.stored + (self.stored > 0))
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory of a block, with `places` tables, but for the first KiB, which is not the block's."""
         entries = 128 if self.decodes_all else 256

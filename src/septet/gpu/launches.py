@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +40,8 @@ _MOST_INPUTS = 1 << 17
 _EMPTY = -(1 << 31)
 #: Rows of 64 outputs that are finished together.
 _GROUP_ROWS = 4
-LESS = 0
+#: How much later than others, in columns of a block, one begins where a group of outputs was finished; measured on an H100.
+_LATE = 4
 #: Units on a multiprocessor up to which layers are small.
 _SMALL_UNITS = 64
 
@@ -130,24 +132,70 @@ def product(
     return slots, workers
 
 
+class Shares(NamedTuple):
+    """How columns, 4 x 64 outputs and 64 inputs, are divided among blocks of threads, one after the other.
+
+    Args:
+        each: columns of a block.
+        more: first blocks that have one more.
+        late: from this block on
+        less: a block has so many less.
+    """
+
+    each: int
+    more: int
+    late: int
+    less: int
+
+    @property
+    def most(self) -> int:
+        """Columns of the largest block."""
+        return self.each + (self.more > 0)
+
+
+def shares(columns: int, groups: int, blocks: int, limit: int) -> Shares:
+    """Divide columns so that all blocks end at about the same time.
+
+    Blocks begin in order. Where the launch before finished a group of outputs, a block begins late, by the time of `_LATE` columns; so the
+    last blocks, one for each group, get less.
+
+    Args:
+        columns: at least one for each block.
+        groups: of 256 outputs.
+        blocks: of threads, all of which run at the same time.
+        limit: what a block should not exceed, unless even shares do.
+    """
+    even = Shares(*divmod(columns, blocks), blocks, 0)
+    if 2 * groups > blocks:
+        return even
+    late = blocks - groups
+    candidates = [Shares(*divmod(columns + groups * less, blocks), late, less) for less in range(_LATE + 1)]
+    possible = [share for share in candidates if share.more <= late and share.each > share.less and share.most <= limit]
+    return min(possible, key=lambda share: max(share.most, share.each - share.less + _LATE), default=even)
+
+
 @cache
-def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int] | None:
-    """How `whole_layer` runs: kind and blocks of threads. None where shared memory is too small."""
+def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int, Shares] | None:
+    """How `whole_layer` runs: kind, blocks of threads and their shares. None where shared memory is too small."""
     units, rows = units_of(inputs), -(-outputs // 64)
-    columns, small = -(-rows // _GROUP_ROWS) * units, units * rows <= _SMALL_UNITS * compiled.processors_of(device)
+    groups, small = -(-rows // _GROUP_ROWS), units * rows <= _SMALL_UNITS * compiled.processors_of(device)
+    columns = groups * units
     blocks = _blocks_of(device, columns)
-    most = -(-columns // blocks)
+    kept = compiled.SMALLEST.units // _GROUP_ROWS
+    share = shares(columns, groups, blocks, kept if columns <= kept * blocks else columns)
     if (columns + units) * units >= 1 << 32:
         return None
-    if tokens == 1 and inputs <= _OWN_INPUTS and _decodes_all(units, most):
-        return compiled.SMALLEST, blocks
+    if tokens == 1 and inputs <= _OWN_INPUTS and _decodes_all(units, share.most):
+        return compiled.SMALLEST, blocks, share
     for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
-        pieces = most // units + 2
+        pieces = share.most // units + 2
         # partial sums, two buffers, three words for each row
         sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12
+        # how each thread ends, where a block fills a multiprocessor
+        ends = kind.warps * 32 * 16 if kind.blocks == 1 else 0
         # int8 inputs, a float32 scale for 64 of them, and a word per warp
-        if sums + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room:
-            return kind, blocks
+        if sums + ends + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room:
+            return kind, blocks, share
     return None
 
 
@@ -157,26 +205,7 @@ def _decodes_all(units: int, most: int) -> bool:
     # inputs of whole chunks, a scale for each unit of them, and a word per warp
     chunks = min(units // _GROUP_ROWS, (most + 2) // _GROUP_ROWS + 1)
     fits = chunks * (_CHUNK + 4 * _GROUP_ROWS) + 4 * kind.warps <= kind.room
-    return fits and units % _GROUP_ROWS == 0 and most * _GROUP_ROWS <= kind.warps * (kind.stored + 1)
-
-
-def shares(columns: int, groups: int, blocks: int) -> tuple[int, int, int, int]:
-    """How columns are divided among blocks of threads: `each`, `more`, `late` and `less` of LayerArguments.
-
-    Blocks begin in order, the last as many as there are groups where a group was finished by the launch before, after the others. So they
-    get less, if no other gets more than it would by an even division, rounded up.
-
-    Args:
-        columns: of 4 x 64 outputs and 64 inputs.
-        groups: of 256 outputs.
-        blocks: at most as many as there are columns.
-    """
-    late, most = blocks - groups, -(-columns // blocks)
-    less = LESS
-    each, more = divmod(columns + groups * less, blocks)
-    if less and 0 < groups <= blocks // 2 and more <= late and each > less:
-        return each, more, late, less
-    return *divmod(columns, blocks), blocks, 0
+    return fits and units % _GROUP_ROWS == 0 and most * _GROUP_ROWS <= kind.units
 
 
 def _blocks_of(device: int, columns: int) -> int:
@@ -225,7 +254,7 @@ def whole_layer(
         [M, N].
     """
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
-    kind, blocks_of_threads = _plan(tokens, inputs, outputs, device)
+    kind, blocks_of_threads, share = _plan(tokens, inputs, outputs, device)
     values = activation_scales = None
     if segment is None and tokens * inputs > _OWN_INPUTS:
         values, activation_scales = rotate(x, scales[0], blocks[0], False, "int8")
@@ -234,8 +263,7 @@ def whole_layer(
     y = x.new_empty((tokens, outputs))
     pointers = (None if t is None else t.data_ptr() for t in (arranged, x, *scales, y, slots, values, activation_scales))
     sizes = inputs, outputs, units_of(inputs), -(-outputs // 64), tokens, _shift(segment), 1
-    groups = -(-sizes[3] // _GROUP_ROWS)
-    division = *shares(groups * sizes[2], groups, blocks_of_threads), -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
+    division = *share, -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
     arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *division, *(_normal(block) for block in blocks))
     kernel = layer_kernel(device, bits, x.dtype, kind, segment is not None)
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)

@@ -13,6 +13,7 @@
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
+#define KEEP (BLOCKS == 1)   // endings in shared memory
 constexpr int kSlots = BLOCKS == 2 ? 12 : 8;   // that are read at once
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
 
@@ -228,6 +229,15 @@ struct Ending {
         slot = l.slots + first_block * stride(l) + thread;
     }
 
+    // With room in shared memory an ending is found out before the inputs are there, and waits: slot, blocks and what is true, output, scale.
+    __device__ __forceinline__ uint4 packed(const LayerArguments& l) const {
+        return make_uint4(slot - l.slots, blocks << 3 | mine << 2 | ends << 1 | (u32)inside, o, __float_as_uint(scale));
+    }
+
+    __device__ __forceinline__ Ending(const LayerArguments& l, const uint4& packed, int piece_index)
+        : thread(threadIdx.x % kChunk), row(thread / 64), o(packed.z), blocks(packed.y >> 3), index(piece_index), length(0), first(0),
+          slot(l.slots + packed.x), mine(packed.y >> 2 & 1), ends(packed.y >> 1 & 1), inside(packed.y & 1), scale(__uint_as_float(packed.w)) {}
+
     __device__ __forceinline__ static int stride(const LayerArguments& l) { return ALL ? kChunk : l.tokens * kChunk; }
 
     // Of all warps of this block.
@@ -372,6 +382,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     Operands ahead;
     u32 places = 0;
     if (STORED) places = decode_first(l, share, walk, left, w, ahead, lookup, memory, lane);
+#if KEEP
+    if (p >= 0) memory.kept[threadIdx.x] = Ending(l, share, memory, p).packed(l);
+#endif
 #if ALL
     // everything is decoded, and the place of the table free
     __syncthreads();
@@ -393,7 +406,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
 #endif
     __syncthreads();
-#if !ALL
+#if KEEP
+    Ending ending(l, memory.kept[threadIdx.x], p);
+#elif !ALL
     Ending ending(l, share, memory, max(p, 0));
 #endif
     #pragma unroll 1
