@@ -188,6 +188,11 @@ def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKin
     if tokens == 1 and inputs <= _OWN_INPUTS and _decodes_all(units, share.most):
         return compiled.SMALLEST, blocks, share
     for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
+        if kind == compiled.SMALL:
+            # its blocks have time to begin
+            share = shares(columns, blocks, blocks, columns)
+        else:
+            share = shares(columns, groups, blocks, columns)
         pieces = share.most // units + 2
         # partial sums, two buffers, three words for each row
         sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12

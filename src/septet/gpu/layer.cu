@@ -13,7 +13,7 @@
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
-#define KEEP (BLOCKS == 1)   // endings in shared memory
+#define KEEP (BLOCKS == 1)   // endings wait in shared memory
 constexpr int kSlots = BLOCKS == 2 ? 12 : 8;   // that are read at once
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
 
