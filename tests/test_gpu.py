@@ -20,6 +20,7 @@ from cuda_layout import same_layout  # noqa: E402
 from septet.codes.tile import tile_bytes  # noqa: E402
 from septet.gpu import compiled, driver, many  # noqa: E402
 from septet.gpu.layout import arrange, units_of  # noqa: E402
+from septet.gpu.shares import shares  # noqa: E402
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("80", "90", "120")
@@ -93,8 +94,6 @@ def test_cuda_kernels_compile(architecture) -> None:
 @pytest.mark.parametrize("blocks", [84, 108, 132])
 @pytest.mark.parametrize("units", [1, 4, 9, 64, 448])
 def test_shares_of_a_layer_are_all_of_it_and_even(units, blocks) -> None:
-    from septet.gpu.launches import shares
-
     for groups in (1, 3, 16, 43, 66, 112, 501):
         columns, used = units * groups, min(blocks, units * groups)
         for limit in (-(-columns // used), columns):

@@ -198,7 +198,8 @@ def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool
     """layer.cu in one of its kinds, with places that the device has shared memory for."""
     macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored}
     macros |= {"SEGMENTED": int(segmented), "ALL": int(kind.decodes_all), "ENTRIES": 128 if kind.decodes_all else 256}
-    return trellis_source("values.cu", "columns.cu", "operands.cu", "layer.cu", bits=bits, places=kind.places, dtype=DTYPES[dtype], **macros)
+    files = "values.cu", "columns.cu", "chunks.cu", "operands.cu", "layer.cu"
+    return trellis_source(*files, bits=bits, places=kind.places, dtype=DTYPES[dtype], **macros)
 
 
 @cache
