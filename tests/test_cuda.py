@@ -36,6 +36,8 @@ SEGMENTED = {
     "7, groups in several blocks": lambda rng: trellis_layer(rng, 7, 1600, 2048, (256, 64), activation_segment="block"),
     "6, small blocks": lambda rng: trellis_layer(rng, 6, 192, 576, (64, 64), activation_segment="block"),
     "8, large blocks": lambda rng: trellis_layer(rng, 8, 1024, 2048, (1024, 512), activation_segment="block"),
+    "7, blocks of half a chunk": lambda rng: trellis_layer(rng, 7, 1024, 2048, (128, 256), activation_segment="block"),
+    "8, most columns of the smallest layers": lambda rng: trellis_layer(rng, 8, 3840, 4096, (256, 256), activation_segment="block"),
     "7, blocks below a unit": lambda rng: trellis_layer(rng, 7, 64, 96, (32, 64), activation_segment="block"),
 }
 OTHERS = {

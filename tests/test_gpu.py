@@ -21,6 +21,7 @@ from cuda_layout import same_layout  # noqa: E402
 from septet.codes.tile import tile_bytes  # noqa: E402
 from septet.gpu import compiled, driver, many  # noqa: E402
 from septet.gpu.layout import arrange, units_of  # noqa: E402
+from septet.gpu.shares import shares  # noqa: E402
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("80", "90", "120")
@@ -78,6 +79,8 @@ def test_cuda_kernels_compile(architecture) -> None:
     sources = [
         compiled.layer_source(7, torch.bfloat16, compiled.LARGE, segmented=True) + same_layout("LayerArguments", compiled.LayerArguments),
         compiled.layer_source(6, torch.float32, compiled.SMALL, segmented=False),
+        compiled.layer_source(8, torch.float16, compiled.SMALLEST, segmented=True),
+        compiled.layer_source(7, torch.float32, compiled.SMALLEST, segmented=False),
         compiled.trellis_source("product.cu", bits=6, tokens=16),
         compiled.trellis_source("product.cu", bits=7, tokens=32),
         compiled.trellis_source("product.cu", bits=8, is_float=True, places=2),
@@ -87,6 +90,34 @@ def test_cuda_kernels_compile(architecture) -> None:
     ]
     for source in sources:
         assert driver.compile_source(source, options)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("blocks", [84, 108, 132])
+@pytest.mark.parametrize("units", [1, 4, 9, 64, 448])
+def test_shares_of_a_layer_are_all_of_it_and_even(units, blocks) -> None:
+    for groups in (1, 3, 16, 43, 66, 112, 501):
+        columns, used = units * groups, min(blocks, units * groups)
+        for limit in (-(-columns // used), columns):
+            share = shares(columns, groups, used, limit)
+            first = [b * share.each + min(b, share.more) - max(0, b - share.late) * share.less for b in range(used + 1)]
+            sizes = np.diff(first)
+            assert first[0] == 0 and first[-1] == columns and sizes.min() >= 1
+            assert sizes.max() == share.most <= min(limit, -(-columns // used) + 4)
+            # the kernel finds the block of a column by the same numbers
+            longer, shorter = share.more * (share.each + 1), share.late * share.each + share.more
+            for block in range(used):
+                for column in (first[block], first[block + 1] - 1):
+                    if column >= shorter:
+                        found = share.late + (column - shorter) // (share.each - share.less)
+                    else:
+                        ones = column < longer
+                        found = column // (share.each + 1) if ones else share.more + (column - longer) // share.each
+                    assert found == block
+
+
+def test_the_smallest_layers_fit_twice_on_a_multiprocessor() -> None:
+    """Of an H100: 228 KiB, of which each block loses one."""
+    assert 2 * (compiled.SMALLEST.shared + 1024) <= 228 << 10 and 2 * (compiled.SMALL.shared + 1024) <= 228 << 10
 
 
 @needs_nvrtc

@@ -1,4 +1,4 @@
-// How layer.cu divides a layer among blocks of threads and their warps. Follows decode.cu and values.cu.
+// How layer.cu divides a layer among blocks of threads and their warps, and where they keep it. Follows decode.cu and values.cu.
 
 constexpr int kChunkUnits = kChunk / 64;
 constexpr int kGroupRows = kChunk / 64;
@@ -12,12 +12,17 @@ struct LayerArguments {
     const i8* values;      // rounded inputs from `rotate`, or null
     const float* scales;
     int inputs, outputs, units, rows, tokens, segment_shift, one, input_block, output_block;
-    u32 each, more, part;  // columns of a block, blocks that have one more, and 2^32 / units rounded up, to divide by units
+    u32 each, more;        // columns of a block, and first blocks that have one more
+    u32 late, less;        // blocks from `late` on have `less` columns less
+    u32 part;              // 2^32 / units rounded up, to divide by units
     float input_normal, output_normal;
 
-    __device__ __forceinline__ u32 first_column(u32 block) const { return block * each + min(block, more); }
+    __device__ __forceinline__ u32 first_column(u32 block) const {
+        return block * each + min(block, more) - (block > late ? (block - late) * less : 0);
+    }
     __device__ __forceinline__ u32 block_at(u32 column) const {
-        const u32 longer = more * (each + 1);
+        const u32 longer = more * (each + 1), shorter = late * each + more;
+        if (column >= shorter) return late + (column - shorter) / (each - less);
         return column < longer ? column / (each + 1) : more + (column - longer) / each;
     }
     __device__ __forceinline__ u32 by_units(u32 column) const { return units == 1 ? column : __umulhi(column, part); }
@@ -86,6 +91,10 @@ struct Walk {
 
 __device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
 
+// The share of a block that a warp takes: those of the warps on one of a multiprocessor's four schedulers lie side by side, so that no
+// scheduler has more than one unit more than another.
+__device__ __forceinline__ int worker_of(int warp) { return warp % 4 * (WARPS / 4) + warp / 4; }
+
 // The scales that a block will need: nobody has read them yet.
 __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
     #pragma unroll 1
@@ -96,3 +105,88 @@ __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const S
     const int row = share.group * kGroupRows + threadIdx.x;
     if (threadIdx.x < 2 * kGroupRows && row < l.rows) bring_closer(l.output_scale + row * 64);
 }
+
+// Who has sums of a row of a piece: warps of this block, a bit for each from `from` on, and blocks from `first_block` to this one. Found out
+// in advance.
+struct Meeting {
+    int from, first_block;
+    u32 warps;
+
+    __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
+        const Piece piece = share.piece(l, index);
+        const int units = share.units(l), begin = piece.before + row * piece.length;
+        from = ((begin + 1) * WARPS - 1) / units;
+        first_block = l.block_at(piece.group * l.units);
+        warps = 0;
+        if (row >= piece.rows) return;
+        const int to = ((begin + piece.length) * WARPS - 1) / units;
+        // a warp without units has left nothing
+        for (int w = from; w <= to; w++) warps |= (u32)(units * (w + 1) / WARPS != units * w / WARPS) << w - from;
+    }
+};
+
+#if SEGMENTED
+typedef float Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
+__device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
+#else
+typedef int Sum;
+__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
+__device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
+__device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
+#endif
+
+struct alignas(16) Four {
+    Sum x, y, z, w;
+};
+
+// A unit's operands of the tensor cores; units that fit into the gaps of the table with one place; what comes behind it.
+constexpr int kOperandBytes = 64 * 64, kGaps = ENTRIES / 32;
+constexpr int kMostChunks = 3;   // of inputs, with ALL
+constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
+
+// Of one output of a unit of the block, with ALL: where the table was, of which nothing is needed then.
+__device__ __forceinline__ u32 unit_sums(int unit, int output) { return kTableAt + (2 * unit + output / 32) * 256 + output % 32 * 4; }
+
+// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `Ending`, endings, who meets whom, scales. With ALL,
+// decoded units take nearly all of it: there are only the inputs of the block's own chunks, `unit_sums` instead of those of warps, and
+// buffers where units have been.
+struct Memory {
+    i8* values;
+    Four* partial;
+    float* exchange;
+    uint4* kept;
+    Meeting* meetings;
+    float* scales;
+    int first, units;   // the unit whose inputs come first; those of unit 0 follow the last
+
+    __device__ __forceinline__ Memory(const LayerArguments& l, const Share& share, int rows) : values((i8*)shared_memory), units(l.units) {
+#if ALL
+        first = share.k / kChunkUnits * kChunkUnits;
+        u64 begin;
+        asm("cvta.to.shared.u64 %0, %1;" : "=l"(begin) : "l"(shared_memory));
+        exchange = (float*)(values + (kOperandsAt - (u32)begin));
+        scales = (float*)(values + chunks(l, share) * kChunk);
+#else
+        first = 0;
+        partial = (Four*)(values + l.tokens * 64 * l.units);
+        exchange = (float*)(partial + (WARPS + rows) * l.tokens * 16);
+        kept = (uint4*)(exchange + 2 * 32 * WARPS);
+        meetings = (Meeting*)(kept + (BLOCKS == 1 ? 32 * WARPS : 0));
+        scales = (float*)(meetings + rows);
+#endif
+    }
+
+    __device__ __forceinline__ int place(int unit) const { return ALL && unit < first ? unit - first + units : unit - first; }
+
+    // Of inputs, with ALL.
+    __device__ __forceinline__ static int chunks(const LayerArguments& l, const Share& share) {
+        return min(l.units / kChunkUnits, (share.count + kChunkUnits - 2) / kChunkUnits + 1);
+    }
+
+    // What the warp with share `worker` has of a row of a piece; its next row follows.
+    __device__ __forceinline__ Four* sums(const LayerArguments& l, int worker, int row) const {
+        return partial + (worker + row) * l.tokens * 16;
+    }
+};

@@ -20,6 +20,7 @@ __all__ = [
     "INPUT_BYTES",
     "LARGE",
     "SMALL",
+    "SMALLEST",
     "THREADS",
     "TOKEN_WARPS",
     "WARPS",
@@ -66,7 +67,7 @@ class LayerArguments(ctypes.Structure):
         *((name, _P) for name in ("weights", "x", "input_scale", "output_scale", "y", "slots", "values", "scales")),
         *((name, _I) for name in ("inputs", "outputs", "units", "rows", "tokens", "segment_shift", "one")),
         *((name, _I) for name in ("input_block", "output_block")),
-        *((name, ctypes.c_uint32) for name in ("each", "more", "part")),
+        *((name, ctypes.c_uint32) for name in ("each", "more", "late", "less", "part")),
         *((name, _F) for name in ("input_normal", "output_normal")),
     ]
 
@@ -79,7 +80,8 @@ class LayerKind(NamedTuple):
         blocks: that a multiprocessor has room for; a launch has one, the other is of the next.
         places: as in decode.cu, if the device has the shared memory.
         table_at: where tables begin in shared memory.
-        stored: units of a warp that are decoded before inputs are waited for.
+        stored: units of a warp that are decoded into it before inputs are waited for; if any, one more is in registers.
+        decodes_all: these are all units of a warp, of one token. Its table has 128 entries, and other inputs than the block's no room.
     """
 
     warps: int
@@ -87,6 +89,20 @@ class LayerKind(NamedTuple):
     places: int
     table_at: int
     stored: int
+    decodes_all: bool = False
+
+    @property
+    def units(self) -> int:
+        """Units of a block that are decoded before inputs are waited for."""
+        return self.warps * (self.stored + (self.stored > 0))
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block, with `places` tables, but for the first KiB, which is not the block's."""
+        entries = 128 if self.decodes_all else 256
+        # 4 KiB of operands for each unit, the first of which lie in the gaps of the table with one place
+        behind = 4096 * max(0, self.stored * self.warps - entries // 32)
+        return self.table_at + 256 * entries * max(1, self.places // 2) + behind - 1024
 
     @property
     def room(self) -> int:
@@ -96,6 +112,7 @@ class LayerKind(NamedTuple):
 
 LARGE = LayerKind(WARPS, 1, 4, _TABLE_AT, 0)
 SMALL = LayerKind(8, 2, 1, 16 << 10, 2)
+SMALLEST = LayerKind(8, 2, 1, 2 << 10, 3, decodes_all=True)
 _PARAMETERS = {
     "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
     "levels": (_P, _P, _I, _I, _I, _I, _I),
@@ -133,7 +150,7 @@ def trellis_source(*files: str, bits: int, is_float: bool = False, tokens: int =
     """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
     macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": tokens // 8, "WARPS": product_warps(tokens), "PLACES": places}
-    macros |= {"TABLE_AT": _TABLE_AT}
+    macros |= {"TABLE_AT": _TABLE_AT, "ENTRIES": 256}
     return source_of("launch.cu", "decode.cu", *files, **(macros | more))
 
 
@@ -177,19 +194,20 @@ def product_kernel(device: int, bits: int, is_float: bool, tokens: int) -> Kerne
     return load_kernel(compile_source(source, options_of(device)), "product", _PARAMETERS["product"], 32 * product_warps(tokens), shared)
 
 
-def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool, places: int = 4) -> str:
-    """layer.cu in one of its kinds; `places` are the most that the device has shared memory for."""
-    macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored, "SEGMENTED": int(segmented)}
-    return trellis_source("values.cu", "columns.cu", "layer.cu", bits=bits, places=min(places, kind.places), dtype=DTYPES[dtype], **macros)
+def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool) -> str:
+    """layer.cu in one of its kinds, with places that the device has shared memory for."""
+    macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored}
+    macros |= {"SEGMENTED": int(segmented), "ALL": int(kind.decodes_all), "ENTRIES": 128 if kind.decodes_all else 256}
+    files = "values.cu", "columns.cu", "chunks.cu", "operands.cu", "layer.cu"
+    return trellis_source(*files, bits=bits, places=kind.places, dtype=DTYPES[dtype], **macros)
 
 
 @cache
 def layer_kernel(device: int, bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool) -> Kernel:
     """The kernel of layer.cu in one of its kinds, for activations of a dtype, with scales of segments or of tokens."""
-    image = compile_source(layer_source(bits, dtype, kind, segmented, _places(device)), options_of(device))
-    # 4 KiB of operands for each unit, the first of which lie in the gaps of the table
-    shared = kind.table_at + _TABLE_BYTES * max(1, min(kind.places, _places(device)) // 2) + max(0, kind.stored - 1) * kind.warps * 4096
-    return load_kernel(image, "layer", (LayerArguments,), 32 * kind.warps, shared)
+    kind = kind._replace(places=min(kind.places, _places(device)))
+    image = compile_source(layer_source(bits, dtype, kind, segmented), options_of(device))
+    return load_kernel(image, "layer", (LayerArguments,), 32 * kind.warps, kind.shared)
 
 
 def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places: int = 4) -> str:

@@ -8,7 +8,8 @@
 //
 // Where shared memory is too small for four tables (PLACES 2 or 1), two pairs or all four are joined after all.
 //
-// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2|4, WARPS, PLACES 1|2|4, TABLE_AT.
+// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2|4, WARPS, PLACES 1|2|4, TABLE_AT,
+// ENTRIES 256, or with one place 128.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -31,14 +32,14 @@ __device__ __forceinline__ u16 half_of(float value) {
 }
 
 // Words are [place / 2][index byte][place % 2][lane]; with one place those of the second are left out. The unused top bit of an index byte
-// is looked up like the rest: entries 128 .. 255 repeat 0 .. 127.
+// is looked up like the rest: entries 128 .. 255 repeat 0 .. 127. With 128 entries it is cut off.
 __device__ __forceinline__ void fill_table() {
     for (int i = threadIdx.x; i < 128 * 16; i += blockDim.x) {
         const int level = kLevels[i >> 4];
         if (kPlaces == 1 && i & 8) continue;
         const u32 word = (FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF) << (i >> 3 & 1) * (FLOAT ? 16 : 8);
         #pragma unroll
-        for (int copy = 0; copy < (kPlaces == 4 ? 4 : 2); copy++)
+        for (int copy = 0; copy < (kPlaces == 4 ? 4 : ENTRIES / 128); copy++)
             asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i + copy * (1 << 15)),
                 "r"(word << copy / 2 * 16) : "memory");
     }
@@ -114,7 +115,7 @@ struct Lookup {
     // Levels of pair `p` of a stream at two places, the first of which is `place`.
     __device__ __forceinline__ void pair(const u32* a, int p, int place, u32& first, u32& second) const {
         // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
-        const u32 h = window_product(a, p), at = place ? 0x7624 : 0x7524;
+        const u32 h = window_product(a, p) & (ENTRIES == 128 ? 0x7F7F0000 : ~0u), at = place ? 0x7624 : 0x7524;
         first = table_word(__byte_perm(h, parts, at) + kTableAt % 65536);
         second = table_word(__byte_perm(h, parts, at + 0x10) + kTableAt % 65536 + (kPlaces == 1 ? 0 : 128));
     }

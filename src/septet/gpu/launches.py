@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 
 from septet.gpu import compiled
-from septet.gpu.compiled import THREADS, LayerKind, activation_kernel, layer_kernel, product_kernel, workers_of
+from septet.gpu.compiled import THREADS, activation_kernel, layer_kernel, product_kernel, workers_of
 from septet.gpu.layout import UNIT_INPUTS, units_of
+from septet.gpu.shares import CHUNK, GROUP_ROWS, OWN_INPUTS, blocks_of, plan
 
 __all__ = [
     "LARGEST_BLOCK",
@@ -28,19 +28,11 @@ __all__ = [
 MOST_TOKENS, MOST_FLOAT_TOKENS = 32, 16
 #: Hadamard blocks up to this size are rotated by a block of threads.
 LARGEST_BLOCK = 2048
-#: Hadamard blocks up to this size, in sizes of multiples of eight, are rotated by a warp.
-_CHUNK = 256
 #: Tokens of one `whole_layer`.
 _LAYER_TOKENS = 2
-#: Inputs with one scale that every block of threads rotates to find it; more are rotated once before.
-_OWN_INPUTS = 8192
 #: Inputs whose products' sum is certain to be more than the least 32-bit integer, which stands for an empty word of a slot.
 _MOST_INPUTS = 1 << 17
 _EMPTY = -(1 << 31)
-#: Rows of 64 outputs that are finished together.
-_GROUP_ROWS = 4
-#: Units on a multiprocessor up to which layers are small.
-_SMALL_UNITS = 64
 
 
 def _shift(segment: int | None) -> int:
@@ -78,9 +70,9 @@ def rotate(x: torch.Tensor, input_scale: torch.Tensor, block: int, segmented: bo
     padded, each, stream = units_of(inputs) * UNIT_INPUTS, _each(block), _stream(x.device.index)
     parts = blocks = -(-padded // (each * THREADS))
     segmented = segmented and kind != "float32"
-    in_chunks = block <= _CHUNK and inputs % 8 == 0
+    in_chunks = block <= CHUNK and inputs % 8 == 0
     if in_chunks:
-        blocks = -(-padded // (THREADS // 32 * _CHUNK))
+        blocks = -(-padded // (THREADS // 32 * CHUNK))
         x = x if x.data_ptr() % 16 == 0 else x.clone()
     kernel = activation_kernel(device, "rotate_chunks" if in_chunks else "rotate", each, x.dtype)
     shape, dtype = {"int8": ((tokens, padded), torch.int8), "halves": ((2, tokens, padded), torch.float16)}.get(kind, (None, None))
@@ -129,30 +121,10 @@ def product(
     return slots, workers
 
 
-@cache
-def _plan(tokens: int, inputs: int, outputs: int, device: int) -> tuple[LayerKind, int] | None:
-    """How `whole_layer` runs: kind and blocks of threads. None where shared memory is too small."""
-    units, rows = units_of(inputs), -(-outputs // 64)
-    columns, small = -(-rows // _GROUP_ROWS) * units, units * rows <= _SMALL_UNITS * compiled.processors_of(device)
-    for kind in (compiled.SMALL, compiled.LARGE)[not small :]:
-        blocks = _blocks_of(device, columns)
-        pieces = -(-columns // blocks) // units + 2
-        # partial sums, two buffers, three words for each row
-        sums = (kind.warps + _GROUP_ROWS * pieces) * tokens * 256 + kind.warps * 256 + _GROUP_ROWS * pieces * 12
-        # int8 inputs, a float32 scale for 64 of them, and a word per warp
-        if sums + tokens * units * (64 + 4) + 4 * kind.warps <= kind.room and (columns + units) * units < 1 << 32:
-            return kind, blocks
-    return None
-
-
-def _blocks_of(device: int, columns: int) -> int:
-    return min(compiled.processors_of(device), columns)
-
-
 def takes_whole_layer(tokens: int, inputs: int, outputs: int, blocks: tuple[int, int], device: int) -> bool:
     """Whether `whole_layer` can do it: few tokens, Hadamard blocks of at most 256, sums that 32-bit integers can hold."""
-    fits = tokens <= _LAYER_TOKENS and max(blocks) <= _CHUNK and inputs % 8 == 0 and inputs <= _MOST_INPUTS
-    return fits and _plan(tokens, inputs, outputs, device) is not None
+    fits = tokens <= _LAYER_TOKENS and max(blocks) <= CHUNK and inputs % 8 == 0 and inputs <= _MOST_INPUTS
+    return fits and plan(tokens, inputs, outputs, device) is not None
 
 
 def empty_slots(inputs: int, rows: int, device: torch.device) -> torch.Tensor:
@@ -163,8 +135,8 @@ def empty_slots(inputs: int, rows: int, device: torch.device) -> torch.Tensor:
         rows: of 64 outputs.
         device: a GPU.
     """
-    blocks = _blocks_of(device.index, -(-rows // _GROUP_ROWS) * units_of(inputs))
-    return torch.full((blocks, _LAYER_TOKENS, _CHUNK), _EMPTY, dtype=torch.int32, device=device)
+    blocks = blocks_of(device.index, -(-rows // GROUP_ROWS) * units_of(inputs))
+    return torch.full((blocks, _LAYER_TOKENS, CHUNK), _EMPTY, dtype=torch.int32, device=device)
 
 
 def whole_layer(
@@ -191,17 +163,16 @@ def whole_layer(
         [M, N].
     """
     device, (tokens, inputs), outputs = x.device.index, x.shape, len(scales[1])
-    kind, blocks_of_threads = _plan(tokens, inputs, outputs, device)
+    kind, blocks_of_threads, share = plan(tokens, inputs, outputs, device)
     values = activation_scales = None
-    if segment is None and tokens * inputs > _OWN_INPUTS:
+    if segment is None and tokens * inputs > OWN_INPUTS:
         values, activation_scales = rotate(x, scales[0], blocks[0], False, "int8")
     elif x.data_ptr() % 16:
         x = x.clone()
     y = x.new_empty((tokens, outputs))
     pointers = (None if t is None else t.data_ptr() for t in (arranged, x, *scales, y, slots, values, activation_scales))
     sizes = inputs, outputs, units_of(inputs), -(-outputs // 64), tokens, _shift(segment), 1
-    columns = -(-sizes[3] // _GROUP_ROWS) * sizes[2]
-    division = *divmod(columns, blocks_of_threads), -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
+    division = *share, -(-(1 << 32) // sizes[2]) & 0xFFFFFFFF
     arguments = compiled.LayerArguments(*pointers, *sizes, *blocks, *division, *(_normal(block) for block in blocks))
     kernel = layer_kernel(device, bits, x.dtype, kind, segment is not None)
     kernel.launch((blocks_of_threads, 1), _stream(device), arguments)
@@ -232,8 +203,8 @@ def finish(
     outputs, device, each = len(output_scale), sums.device.index, _each(block)
     tokens = sums.shape[1] if slots else len(sums)
     y = sums.new_empty((tokens, outputs), dtype=dtype)
-    if slots is None and scales is None and sums.dtype == torch.float32 and block <= _CHUNK and outputs % 8 == 0:
-        kernel, blocks = activation_kernel(device, "finish_chunks", each, dtype), -(-outputs // (THREADS // 32 * _CHUNK))
+    if slots is None and scales is None and sums.dtype == torch.float32 and block <= CHUNK and outputs % 8 == 0:
+        kernel, blocks = activation_kernel(device, "finish_chunks", each, dtype), -(-outputs // (THREADS // 32 * CHUNK))
         pointers = sums.data_ptr(), output_scale.data_ptr(), y.data_ptr()
         kernel.launch((blocks, tokens), _stream(device), *pointers, outputs, block, _normal(block), sums.stride(0))
         return y

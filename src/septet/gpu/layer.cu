@@ -9,128 +9,13 @@
 //
 // Nothing but the inputs comes from the launch before, so a block begins with everything else while that one ends: tables, weights, and
 // decoding STORED units of each warp, and if any, one more. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and
-// one of this.
+// one of this. With ALL, no warp has more units, and there is one token: see `Memory`.
 //
-// Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..2 (with PLACES 1); BLOCKS 1|2.
+// Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
+#define KEEP (BLOCKS == 1)   // endings wait in shared memory
+constexpr int kSlots = BLOCKS == 2 ? 12 : 8;   // that are read at once
 constexpr u32 kEmpty = 0x80000000;   // of a slot: sums begin with 0, so none is -0, and none is the least integer
-
-// 256 values of H_in (s_in * x), and the bits of the largest magnitude in each Hadamard block or, for one scale per token, in all.
-__device__ __forceinline__ u32 rotated_inputs(float (&v)[8], const LayerArguments& l, int token, int chunk, int lane) {
-    const int k = chunk * kChunk + lane * 8;
-    scaled_inputs(v, l.x + (size_t)token * l.inputs + k, l.input_scale + k, k < l.inputs);
-    rotate_chunk<5>(v, l.input_block, l.input_normal, lane);
-    return largest_of_chunk(v, SEGMENTED ? l.input_block : kChunk);
-}
-
-__device__ __forceinline__ void store_inputs(i8* values, float* scales, const float (&v)[8], u32 top, const LayerArguments& l, int token,
-    int chunk, int segments, int lane) {
-    const Rounding rounding(top, true);
-    const int k = chunk * kChunk + lane * 8;
-    if (k >= 64 * l.units) return;
-    u32 packed[2] = {0, 0};
-    #pragma unroll
-    for (int i = 0; i < 8; i++) packed[i / 4] |= (u32)(unsigned char)rounding.int8(v[i]) << (i % 4 * 8);
-    *(uint2*)(values + (size_t)token * 64 * l.units + k) = make_uint2(packed[0], packed[1]);
-    if (SEGMENTED && k % (64 << l.segment_shift) == 0) scales[token * segments + (k / 64 >> l.segment_shift)] = rounding.scale;
-}
-
-// int8 inputs [token][64 * units] and scales [token][segments] in shared memory, for the chunks that units first .. first+count-1 touch.
-__device__ __forceinline__ void prepare_inputs(i8* values, float* scales, u32* tops, const LayerArguments& l, int first, int count,
-    int segments) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (l.units + kChunkUnits - 1) / kChunkUnits;
-    const bool by_token = !SEGMENTED;
-    #pragma unroll 1
-    for (int token = 0; token < l.tokens; token++) {
-        u32 whole = 0;
-        // one scale per token takes two passes: the first only looks for the largest magnitude
-        #pragma unroll 1
-        for (int pass = by_token ? 0 : 1; pass < 2; pass++) {
-            #pragma unroll 1
-            for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-                int ahead = chunk * kChunkUnits - first;
-                if (ahead < 0) ahead += l.units;
-                if (pass && ahead >= count && ahead <= l.units - kChunkUnits) continue;
-                float v[8];
-                const u32 top = rotated_inputs(v, l, token, chunk, lane);
-                if (pass == 0) whole = max(whole, top);
-                else store_inputs(values, scales, v, by_token ? whole : top, l, token, chunk, segments, lane);
-            }
-            if (pass == 0) {
-                if (lane == 0) tops[warp] = whole;
-                __syncthreads();
-                for (int i = 0; i < WARPS; i++) whole = max(whole, tops[i]);
-                if (threadIdx.x == 0) scales[token] = Rounding(whole, true).scale;
-                __syncthreads();
-            }
-        }
-    }
-}
-
-// The same from `rotate`.
-__device__ __forceinline__ void copy_inputs(i8* values, float* scales, const LayerArguments& l, int segments) {
-    for (int i = threadIdx.x; i < l.tokens * l.units * 4; i += 32 * WARPS) ((uint4*)values)[i] = ((const uint4*)l.values)[i];
-    for (int i = threadIdx.x; i < l.tokens * segments; i += 32 * WARPS) scales[i] = l.scales[i];
-}
-
-// The tensor cores' operands of a unit.
-typedef u32 Operands[2][4][4];
-
-__device__ __forceinline__ void decode_unit(Operands& e, const u32 (&w)[kWords], const Lookup& lookup, int lane) {
-    #pragma unroll
-    for (int q = 0; q < 2; q++) {
-        u32 a[5], b[5];
-        chunks(w + BITS * q, lane, a, b);
-        #pragma unroll
-        for (int j = 0; j < 4; j++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) e[q][j][i] = lookup.four(i / 2 ? b : a, 2 * j + i % 2);
-    }
-}
-
-__device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e, const uint4& x) {
-    #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        multiply(sums.of[0][j], e[0][j][0], e[0][j][1], e[0][j][2], e[0][j][3], x.x, x.y);
-        multiply(sums.of[0][j], e[1][j][0], e[1][j][1], e[1][j][2], e[1][j][3], x.z, x.w);
-    }
-}
-
-// Where a lane keeps operands of its stored unit `i`, and how far a word is from the next: the first in the gaps of the table with one
-// place, the second behind the table.
-struct Store {
-    u32 at, stride;
-
-    __device__ __forceinline__ Store(int i, int warp, int lane)
-        : at(i ? kTableAt + (1 << 16) + warp * 32 * 128 + 4 * lane : kTableAt + warp * 32 * 256 + 128 + 4 * lane), stride(i ? 128 : 256) {}
-
-    __device__ __forceinline__ void put(const Operands& e) const {
-        #pragma unroll
-        for (int n = 0; n < 32; n++)
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + n * stride), "r"(e[n / 16][n / 4 % 4][n % 4]) : "memory");
-    }
-
-    __device__ __forceinline__ void get(Operands& e) const {
-        #pragma unroll
-        for (int n = 0; n < 32; n++) e[n / 16][n / 4 % 4][n % 4] = table_word(at + n * stride);
-    }
-};
-
-#if SEGMENTED
-typedef float Sum;
-__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ Sum sum_of(u32 word) { return __uint_as_float(word); }
-__device__ __forceinline__ u32 word_of(Sum sum) { return __float_as_uint(sum); }
-#else
-typedef int Sum;
-__device__ __forceinline__ Sum add_sums(Sum a, Sum b) { return a + b; }
-__device__ __forceinline__ Sum sum_of(u32 word) { return (int)word; }
-__device__ __forceinline__ u32 word_of(Sum sum) { return (u32)sum; }
-#endif
-
-struct alignas(16) Four {
-    Sum x, y, z, w;
-};
 
 // Sums of a row of tiles as they grow, and where they go.
 struct Row {
@@ -181,80 +66,107 @@ __device__ __forceinline__ void put(u32* p, u32 word) {
 }
 
 // The sum of a word of each of `count` slots in order, as soon as they are there.
-__device__ __forceinline__ Sum take_slots(u32* slot, int count, int stride) {
-    constexpr int kAtATime = 8;
+__device__ __forceinline__ Sum add_slots(const u32* slot, int count, int stride) {
     int patience = 1 << 23;   // what never comes must not hang the device
     Sum sum = 0;
     #pragma unroll 1
-    for (; count > 0; count -= kAtATime, slot += kAtATime * stride) {
-        u32 words[kAtATime];
+    for (; count > 0; count -= kSlots, slot += kSlots * stride) {
+        u32 words[kSlots];
         for (bool missing = true; missing;) {
             missing = false;
             #pragma unroll
-            for (int i = 0; i < kAtATime; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
+            for (int i = 0; i < kSlots; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
             #pragma unroll
-            for (int i = 0; i < kAtATime; i++) missing |= words[i] == kEmpty;
+            for (int i = 0; i < kSlots; i++) missing |= words[i] == kEmpty;
             if (--patience == 0) __trap();
         }
         #pragma unroll
-        for (int i = 0; i < kAtATime; i++)
-            if (i < count) {
-                sum = add_sums(sum, sum_of(words[i]));
-                put(slot + i * stride, kEmpty);
-            }
+        for (int i = 0; i < kSlots; i++) sum = add_sums(sum, sum_of(words[i]));
     }
     return sum;
 }
 
-// Who has sums of a row of a piece: warps of this block, and blocks from `first_block` to this one. Found out in advance.
-struct Meeting {
-    int from, to, first_block;
-
-    __device__ __forceinline__ Meeting(const LayerArguments& l, const Share& share, int index, int row) {
-        const Piece piece = share.piece(l, index);
-        const int units = share.units(l), begin = piece.before + row * piece.length;
-        from = ((begin + 1) * WARPS - 1) / units;
-        to = row < piece.rows ? ((begin + piece.length) * WARPS - 1) / units : -1;
-        first_block = l.block_at(piece.group * l.units);
-    }
-};
-
-// Sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
-__device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& share, int index, const Meeting* meetings,
-    const Sum* partial, float* exchange, const float* scales, int& turn) {
-    const Piece piece = share.piece(l, index);
-    const int thread = threadIdx.x % kChunk, row = thread / 64, o = piece.group * kChunk + thread, units = share.units(l);
-    const bool ends = piece.k + piece.length == l.units, inside = ends && o < l.outputs;
-    const float scale = of_half(inside ? l.output_scale[o] : (u16)0);
-    const Meeting meeting = meetings[index * kGroupRows + row];
+__device__ __forceinline__ void empty_slots(u32* slot, int count, int stride) {
     #pragma unroll 1
-    for (int token = 0; token < l.tokens; token++) {
-        Sum own = 0, sum = 0;
-        #pragma unroll 4
-        for (int w = meeting.from; w <= meeting.to; w++) {
-            // a warp without units has left nothing
-            if (units * (w + 1) / WARPS == units * w / WARPS) continue;
-            own = add_sums(own, partial[((w + index * kGroupRows + row) * l.tokens + token) * 64 + thread % 64]);
-        }
-        u32* slot = l.slots + token * kChunk + thread;
-        const int stride = l.tokens * kChunk;
-        const bool mine = meeting.to >= 0;
-        if (!ends) {
-            if (mine) put(slot + blockIdx.x * stride, word_of(own));
-            continue;
-        }
-        if (mine) sum = take_slots(slot + meeting.first_block * stride, blockIdx.x - meeting.first_block, stride);
-        sum = add_sums(sum, own);
-        float v = SEGMENTED ? (float)sum : __fmul_rn(scales[token], (float)sum);
-        __syncwarp();
+    for (; count > 0; count -= kSlots, slot += kSlots * stride) {
+        #pragma unroll
+        for (int i = 0; i < kSlots; i++)
+            asm volatile("{\n.reg .pred p;\nsetp.gt.s32 p, %2, 0;\n@p st.relaxed.gpu.global.u32 [%0], %1;\n}"
+                :: "l"(slot + i * stride), "r"(kEmpty), "r"(count - i) : "memory");
+    }
+}
+
+// What becomes of the sums of a piece, one of each of 256 threads: to the block's slot, or with the others of the group to the outputs.
+struct Ending {
+    int thread, row, o, blocks, index, length, first;
+    u32* slot;
+    bool mine, ends, inside;
+    float scale;
+
+    __device__ __forceinline__ Ending(const LayerArguments& l, const Share& share, const Memory& memory, int piece_index)
+        : thread(threadIdx.x % kChunk), row(thread / 64), index(piece_index) {
+        const Piece piece = share.piece(l, index);
+        o = piece.group * kChunk + thread;
+        ends = piece.k + piece.length == l.units;
+        inside = ends && o < l.outputs;
+        mine = row < piece.rows;
+        scale = of_half(inside ? l.output_scale[o] : (u16)0);
+        length = piece.length;
+        first = piece.before + row * length;
+        int first_block = blockIdx.x;
+        if (ends) first_block = ALL ? l.block_at(piece.group * l.units) : memory.meetings[index * kGroupRows + row].first_block;
+        blocks = blockIdx.x - first_block;
+        slot = l.slots + first_block * stride(l) + thread;
+    }
+
+    // With room in shared memory an ending is found out before the inputs are there, and waits: slot, blocks and what is true, output, scale.
+    __device__ __forceinline__ uint4 packed(const LayerArguments& l) const {
+        return make_uint4(slot - l.slots, blocks << 3 | mine << 2 | ends << 1 | (u32)inside, o, __float_as_uint(scale));
+    }
+
+    __device__ __forceinline__ Ending(const LayerArguments& l, const uint4& packed, int piece_index)
+        : thread(threadIdx.x % kChunk), row(thread / 64), o(packed.z), blocks(packed.y >> 3), index(piece_index), length(0), first(0),
+          slot(l.slots + packed.x), mine(packed.y >> 2 & 1), ends(packed.y >> 1 & 1), inside(packed.y & 1), scale(__uint_as_float(packed.w)) {}
+
+    __device__ __forceinline__ static int stride(const LayerArguments& l) { return ALL ? kChunk : l.tokens * kChunk; }
+
+    // Of all warps of this block.
+    __device__ __forceinline__ Sum own_sum(const LayerArguments& l, const Memory& memory, int token) const {
+        Sum own = 0;
+#if ALL
         #pragma unroll 1
-        for (int h = 1; h < l.output_block; h *= 2) {
+        for (int left = mine ? length : 0, unit = first; left > 0; left -= 8, unit += 8) {
+            u32 words[8];
+            #pragma unroll
+            for (int i = 0; i < 8; i++) words[i] = i < left ? table_word(unit_sums(unit, thread % 64) + i * 512) : 0;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) own = add_sums(own, sum_of(words[i]));
+        }
+#else
+        const Meeting meeting = memory.meetings[index * kGroupRows + row];
+        const u32* at = (const u32*)memory.sums(l, meeting.from, index * kGroupRows + row) + token * 64 + thread % 64;
+        #pragma unroll 1
+        for (u32 warps = meeting.warps; warps; warps >>= 8, at += 8 * 64 * l.tokens) {
+            u32 words[8];
+            #pragma unroll
+            for (int i = 0; i < 8; i++) words[i] = warps >> i & 1 ? at[i * 64 * l.tokens] : 0;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) own = add_sums(own, sum_of(words[i]));
+        }
+#endif
+        return own;
+    }
+
+    __device__ __forceinline__ float rotated(float v, const LayerArguments& l, const Memory& memory, int& turn) const {
+        #pragma unroll (ALL ? 8 : 1)
+        for (int h = 1; h < kChunk; h *= 2) {
+            if (h >= l.output_block) break;
             float other;
             if (h < 32) {
                 other = __shfl_xor_sync(~0u, v, h);
             } else {
                 // two buffers in turns, so that one barrier is enough; those of the two halves of a block are numbered 1 and 2
-                float* const buffer = exchange + turn * kChunk;
+                float* const buffer = memory.exchange + (threadIdx.x / kChunk * 2 + turn) * kChunk;
                 turn ^= 1;
                 buffer[thread] = v;
                 asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / kChunk) : "memory");
@@ -262,62 +174,51 @@ __device__ __forceinline__ void end_piece(const LayerArguments& l, const Share& 
             }
             v = butterfly(v, other, thread & h);
         }
-        if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(__fmul_rn(v, l.output_normal), scale));
+        return __fmul_rn(v, l.output_normal);
     }
-}
 
-// Where a block's numbers are in shared memory: inputs, sums of warps, buffers of `end_piece`, who meets whom, scales of inputs.
-struct Memory {
-    i8* values;
-    Four* partial;
-    float* exchange;
-    Meeting* meetings;
-    float* scales;
-
-    __device__ __forceinline__ Memory(const LayerArguments& l, int rows)
-        : values((i8*)shared_memory), partial((Four*)(values + l.tokens * 64 * l.units)),
-          exchange((float*)(partial + (WARPS + rows) * l.tokens * 16)),
-          meetings((Meeting*)(exchange + 2 * 32 * WARPS)), scales((float*)(meetings + rows)) {}
+    __device__ __forceinline__ void end(const LayerArguments& l, const Memory& memory, int& turn) const {
+        #pragma unroll 1
+        for (int token = 0; token < l.tokens; token++) {
+            const Sum own = own_sum(l, memory, token);
+            u32* at = slot + token * kChunk;
+            if (!ends) {
+                if (mine) put(at, word_of(own));
+                continue;
+            }
+            const int count = mine ? blocks : 0;
+            const Sum sum = add_sums(add_slots(at, count, stride(l)), own);
+            const float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
+            __syncwarp();
+            const float y = rotated(v, l, memory, turn);
+            if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(y, scale));
+            empty_slots(at, count, stride(l));
+        }
+    }
 };
 
-// The first units of a warp, decoded: STORED of them in shared memory, and one more in registers. `w` is then the next.
-__device__ __forceinline__ void decode_first(const LayerArguments& l, const Share& share, Walk walk, int left, u32 (&w)[kWords],
-    Operands& ahead, const Lookup& lookup, int lane) {
-    #pragma unroll 1
-    for (int i = 0; i < min(STORED + 1, left); i++) {
-        u32 next[kWords];
-        if (i + 1 < left) {
-            walk.step(l, share);
-            walk.load(next, lane);
-        }
-        decode_unit(ahead, w, lookup, lane);
-        if (i < STORED) Store(i, threadIdx.x / 32, lane).put(ahead);
-        #pragma unroll
-        for (int j = 0; j < kWords; j++) w[j] = next[j];
-    }
-}
-
+#if !ALL
 // The sums of a warp's units.
 __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Share& share, Walk here, int left, u32 (&w)[kWords],
     const Operands& ahead, const Lookup& lookup, const Memory& memory, int lane) {
-    const int g = lane >> 2, warp = threadIdx.x >> 5;
+    const int g = lane >> 2, worker = worker_of(threadIdx.x >> 5);
     const uint4* inputs = (const uint4*)(memory.values + (g < l.tokens ? g : 0) * 64 * l.units) + (lane & 3);
-    const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[unit * 4] : make_uint4(0, 0, 0, 0); };
+    const auto inputs_at = [&](int unit) { return g < l.tokens ? inputs[memory.place(unit) * 4] : make_uint4(0, 0, 0, 0); };
     Row row;
     row.sums.clear();
-    row.to = memory.partial + (warp + here.index) * l.tokens * 16;
+    row.to = memory.sums(l, worker, here.index);
     #pragma unroll 1
     for (int i = 0; i < min(STORED, left); i++) {
         Operands operands;
-        Store(i, warp, lane).get(operands);
+        Store(i, worker, lane).get(operands);
         multiply_operands(row.sums, operands, inputs_at(here.unit));
-        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || i + 1 == left, lane);
+        row.end_unit(l, memory.scales, memory.place(here.unit), here.unit + 1 == here.end || i + 1 == left, lane);
         here.step(l, share);
     }
     left -= STORED;
     if (STORED && left > 0) {
         multiply_operands(row.sums, ahead, inputs_at(here.unit));
-        row.end_unit(l, memory.scales, here.unit, here.unit + 1 == here.end || left == 1, lane);
+        row.end_unit(l, memory.scales, memory.place(here.unit), here.unit + 1 == here.end || left == 1, lane);
         here.step(l, share);
         left--;
     }
@@ -342,39 +243,68 @@ __device__ __forceinline__ void multiply_units(const LayerArguments& l, const Sh
         x4 = next_x4;
     }
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __grid_constant__ LayerArguments l) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, worker = worker_of(warp);
     const Share share(l);
-    const int units = share.units(l), begin = units * warp / WARPS, left = units * (warp + 1) / WARPS - begin, pieces = share.pieces(l);
+    const int units = share.units(l), begin = units * worker / WARPS, left = units * (worker + 1) / WARPS - begin;
+    const int pieces = share.pieces(l);
     const Walk walk(l, share, min(begin, units - 1));
     u32 w[kWords];
     let_the_next_begin();
     if (left) walk.load(w, lane);
     prefetch_scales(l, share);
-    fill_table();
-    const Memory memory(l, pieces * kGroupRows);
+    const Memory memory(l, share, pieces * kGroupRows);
     const Lookup lookup = {address_parts(lane), (u32)l.one};
-    __syncthreads();
-    Operands ahead;
-    if (STORED) decode_first(l, share, walk, left, w, ahead, lookup, lane);
-    wait_for_inputs();
-    // who has least to do with inputs
+    // the last piece first: other blocks wait for it, or none
+    int p = pieces - 1 - (int)threadIdx.x / kChunk, turn = 0;
+#if ALL
+    // while the first weights come
+    Ending ending(l, share, memory, p);
+    const ChunkInputs chunk_inputs(l, memory, share);
+#else
     if (warp == WARPS - 1)
         for (int i = lane; i < pieces * kGroupRows; i += 32) memory.meetings[i] = Meeting(l, share, i / kGroupRows, i % kGroupRows);
+#endif
+    fill_table();
+    __syncthreads();
+    Operands ahead;
+    u32 places = 0;
+    if (STORED) places = decode_first(l, share, walk, left, w, ahead, lookup, memory, lane);
+#if KEEP
+    if (p >= 0) memory.kept[threadIdx.x] = Ending(l, share, memory, p).packed(l);
+#endif
+#if ALL
+    // everything is decoded, and the place of the table free
+    __syncthreads();
+#endif
+    wait_for_inputs();
     const int segments = SEGMENTED ? l.units + (1 << l.segment_shift) - 1 >> l.segment_shift : 1;
-    if (l.values) copy_inputs(memory.values, memory.scales, l, segments);
-    else {
-        u32* const tops = (u32*)(memory.scales + l.tokens * segments);
-        prepare_inputs(memory.values, memory.scales, tops, l, share.k, min(share.count, l.units), segments);
-    }
+#if ALL
+    if (SEGMENTED && l.input_block == kChunk) chunk_inputs.prepare(l, memory, warp, lane);
+    else
+#else
+    if (l.values) copy_inputs(memory, l, segments);
+    else
+#endif
+        prepare_inputs(memory, l, share.k, min(share.count, l.units), segments);
     __syncthreads();
+#if ALL
+    if (left) multiply_all(l, begin, left, places, ahead, memory, lane);
+#else
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
+#endif
     __syncthreads();
-    // the last first: other blocks wait for it, or none
-    int turn = 0;
+#if KEEP
+    Ending ending(l, memory.kept[threadIdx.x], p);
+#elif !ALL
+    Ending ending(l, share, memory, max(p, 0));
+#endif
     #pragma unroll 1
-    for (int p = pieces - 1 - (int)threadIdx.x / kChunk; p >= 0; p -= 32 * WARPS / kChunk)
-        end_piece(l, share, p, memory.meetings, (const Sum*)memory.partial, memory.exchange + threadIdx.x / kChunk * 2 * kChunk,
-            memory.scales, turn);
+    while (p >= 0) {
+        ending.end(l, memory, turn);
+        p -= 32 * WARPS / kChunk;
+        if (p >= 0) ending = Ending(l, share, memory, p);
+    }
 }
