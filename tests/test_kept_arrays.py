@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
 from septet.calibration import Sensitivity  # noqa: E402
-from septet.calibration.sensitivity import load_array, save_array  # noqa: E402
+from septet.calibration.kept import load_array, save_array  # noqa: E402
 from septet.errors import CheckpointError  # noqa: E402
 
 
@@ -29,7 +29,11 @@ def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
 def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: Path) -> None:
     half = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
     matrix = half + half.T
-    Sensitivity(tmp_path).put({"g": matrix}, {"l": half[None]})
+    kept = Sensitivity(tmp_path)
+    kept.put({"g": matrix}, {"l": half[None]})
+    assert np.array_equal(kept.inputs("g"), matrix)
+    kept.settle()
+    assert np.array_equal(kept.inputs("g"), matrix)
     assert np.array_equal(Sensitivity(tmp_path).inputs("g"), matrix) and np.array_equal(Sensitivity(tmp_path).outputs("l"), half[None])
     for file in tmp_path.glob("*.npy"):
         save_array(file, load_array(file).reshape(-1)[:-1])

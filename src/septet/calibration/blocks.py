@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from septet.calibration.workers import Machine, at_work
+from septet.calibration.workers import Machine, at_work, to_host
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
 
@@ -24,6 +24,8 @@ __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
 #: Tokens that a GPU computes at a time, in whole windows.
 _TOKENS_TOGETHER = 2048
+#: Hidden states that take no more bytes stay on GPUs; others wait in the host's memory.
+_MOST_BYTES_ON_GPUS = 1 << 29
 _HINT = "quantize it without calibration"
 
 
@@ -70,7 +72,7 @@ class Chain:
 
     Attributes:
         windows: what is computed at a time: int64 [tokens] each; on a GPU a few together, [windows, tokens].
-        hidden: before the first block, float32 [tokens, features] or [windows, tokens, features] for each of them, in the host's memory.
+        hidden: before the first block, float32 [tokens, features] or [windows, tokens, features] for each of them.
         arguments: of each block; the same for all windows; where the model runs.
 
     Raises:
@@ -81,6 +83,7 @@ class Chain:
         self._model, self._blocks, self._real, self._machine = model, blocks, list(blocks), machine
         self._local = threading.local()
         self._rest: tuple | None = None
+        self._stay = False
         inside = {id(parameter) for parameter in blocks.parameters()}
         self._outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
         self.hidden: list[torch.Tensor] = []
@@ -88,7 +91,8 @@ class Chain:
         with torch.no_grad(), self.recorders(), at_work(self._real[:1], machine):
             for window in windows:
                 hidden, arguments = self._record(window)
-                self.hidden.append(hidden[0].float().to("cpu", copy=True))
+                self._stay = machine.is_gpu and 4 * windows.numel() * hidden.shape[-1] <= _MOST_BYTES_ON_GPUS
+                self.hidden.append(self.settled(hidden[0].float().clone()))
                 self.arguments = self.arguments or arguments
                 if not same_arguments(self.arguments, arguments):
                     got = f"other arguments for another text in {type(model).__name__}"
@@ -111,6 +115,10 @@ class Chain:
         arguments, block = self.arguments[index], self._blocks[index] if block is None else block
         there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
         return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
+
+    def settled(self, state: torch.Tensor) -> torch.Tensor:
+        """A hidden state, or its gradient, where it waits: where it is, if all of them have room there, or in the host's memory."""
+        return state if self._stay else to_host(state)
 
     @contextmanager
     def recorders(self) -> Iterator[None]:
@@ -139,9 +147,10 @@ class Chain:
 
     def _record(self, window: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """The first block's hidden state [1, tokens, features], and the arguments of each block."""
-        first = self._run(window, _Calls(None, 1))
-        output = self._real[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
-        self._rest = output[1:] if isinstance(output, tuple) else None
+        if not self.arguments or self._rest is not None:
+            first = self._run(window, _Calls(None, 1))
+            output = self._real[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
+            self._rest = output[1:] if isinstance(output, tuple) else None
         chain = self._run(window, _Calls(self._rest, len(self._real)))
         if len(chain.arguments) != len(self._real) or any(hidden is not chain.hidden[0] for hidden in chain.hidden):
             got = f"blocks of {type(self._model).__name__} that do not hand on what they get"
