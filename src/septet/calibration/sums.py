@@ -89,7 +89,8 @@ class ProductSum:
     def total(self) -> torch.Tensor:
         """The sum, [K, K] on the first GPU; it is used up."""
         for rows, columns, part in chain.from_iterable(self._panels.values()):
-            if part.device != self._matrix.device:
+            # Panels of the first GPU are there already.
+            if part.data_ptr() != self._matrix[rows, columns].data_ptr():
                 self._matrix[rows, columns] = part.to(self._matrix.device)
             if self._symmetric:
                 self._matrix[rows.stop :, rows] = self._matrix[rows, rows.stop :].T
