@@ -29,8 +29,9 @@ _PARTS = {
     "septet.calibration.sensitivity:_head_gradients": "sensitivity, head",
     "septet.calibration.sensitivity:_Step.run": "sensitivity, backward",
     "septet.calibration.sensitivity:_Step._add": "sensitivity, sums",
-    "septet.calibration.sensitivity:_Step.result": "sensitivity, to host",
-    "septet.calibration.sensitivity:Sensitivity.put": "sensitivity, to disk",
+    "septet.calibration.sensitivity:_Step.result": "sensitivity, means",
+    "septet.calibration.kept:Sensitivity.put": "sensitivity, to host",
+    "septet.calibration.kept:Sensitivity.settle": "sensitivity, waiting for the disk",
     "septet.calibration.calibrator:Calibrator._go_on": "statistics, new block",
     "septet.calibration.calibrator:Passes.__init__": "statistics, copies of a block",
     "septet.calibration.calibrator:Calibrator._collect": "statistics, passes",
@@ -50,9 +51,7 @@ _PARTS = {
     "septet.quantize_gpu.trellis:encode_plainly": "encoding",
     "septet.quantize_gpu.trellis:_Work._finished": "refit",
     "septet.quantize_gpu.trellis:_joined": "joined",
-    "septet.checkpoint.filling:crc32_text": "checksums",
-    "septet.checkpoint.workspace:Workspace.write": "to disk",
-    "septet.checkpoint.workspace:Workspace.record": "journal",
+    "septet.checkpoint.filling:_Writer.settle": "waiting for the disk",
     "septet.checkpoint.filling:_write_hashes": "hashes",
 }
 

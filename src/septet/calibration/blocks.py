@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from septet.calibration.workers import Machine, at_work, to_host
+from septet.calibration.workers import Machine, at_work
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
+from septet.quantize_gpu.devices import to_host
 
 __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "moved", "same_arguments"]
 

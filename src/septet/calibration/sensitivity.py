@@ -25,9 +25,10 @@ from torch import nn
 from septet.calibration.blocks import Chain, find_blocks
 from septet.calibration.kept import Sensitivity
 from septet.calibration.sums import InputSum, block_grams
-from septet.calibration.workers import Machine, copies_at_work, map_windows, to_host
+from septet.calibration.workers import Machine, copies_at_work, map_windows
 from septet.model import LayerPlan
 from septet.quantize.statistics import output_rows
+from septet.quantize_gpu.devices import to_host
 
 __all__ = ["measure"]
 

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from septet.quantize.threads import default_threads
 from septet.quantize_gpu.devices import on_devices
 
-__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "map_windows", "to_host"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "map_windows"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -119,16 +118,6 @@ def copies_at_work(module: nn.Module, machine: Machine) -> Iterator[dict[str, nn
     """`at_work` for a single part of a model, with a copy on each helper: by device, the machine's own first."""
     with at_work([module], machine):
         yield {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a dtype that NumPy has, in the host's memory; itself if it is there.
-
-    NumPy asks for large pages: memory that is new to a process takes longer than the way from a GPU.
-    """
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.from_numpy(np.empty(tensor.shape, torch.empty(0, dtype=tensor.dtype).numpy().dtype)).copy_(tensor)
 
 
 @contextmanager

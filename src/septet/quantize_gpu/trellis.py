@@ -20,7 +20,7 @@ from septet.quantize.statistics import output_rows
 from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
-from septet.quantize_gpu.devices import on_devices
+from septet.quantize_gpu.devices import on_devices, to_host
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
 from septet.quantize_gpu.linear_algebra import Factor, InputMetric, input_metric, output_factor
 from septet.quantize_gpu.rotation import hadamard_outputs, rotate, unrotate
@@ -252,7 +252,7 @@ class _Work:
         decoded = unrotate(levels, stored, self.input_scale, *self.blocks)
         weight = self.weights[piece.tensor][piece.rows].to(self.device).double()
         energy = float(weight.square().sum())
-        return _Coded(packed.cpu().numpy(), scale, float((weight - decoded).square_().sum()), energy)
+        return _Coded(to_host(packed).numpy(), scale, float((weight - decoded).square_().sum()), energy)
 
     def _refit(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, name: str) -> np.ndarray:
         """`quantize.refit.refit_output_scale`: better output scales for given levels, float16 [n]."""
