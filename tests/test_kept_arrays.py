@@ -31,7 +31,6 @@ def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: 
     matrix = half + half.T
     kept = Sensitivity(tmp_path)
     kept.put({"g": matrix}, {"l": half[None]})
-    assert np.array_equal(kept.inputs("g"), matrix)
     kept.settle()
     assert np.array_equal(kept.inputs("g"), matrix)
     assert np.array_equal(Sensitivity(tmp_path).inputs("g"), matrix) and np.array_equal(Sensitivity(tmp_path).outputs("l"), half[None])

@@ -19,14 +19,15 @@ from torch import nn
 from septet.calibration.workers import Machine, at_work
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
-from septet.quantize_gpu.devices import to_host
 
 __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "moved", "same_arguments"]
 
 #: Tokens that a GPU computes at a time, in whole windows.
 _TOKENS_TOGETHER = 2048
 #: Hidden states that take no more bytes stay on GPUs; others wait in the host's memory.
-_MOST_BYTES_ON_GPUS = 1 << 29
+_MOST_BYTES_ON_GPUS = 5 << 30
+#: Where there is room for so many sets of them: both texts' before and behind a block, and as much again for what else is there.
+_SETS = 8
 _HINT = "quantize it without calibration"
 
 
@@ -84,7 +85,7 @@ class Chain:
         self._model, self._blocks, self._real, self._machine = model, blocks, list(blocks), machine
         self._local = threading.local()
         self._rest: tuple | None = None
-        self._stay = False
+        self._set_bytes = 0
         inside = {id(parameter) for parameter in blocks.parameters()}
         self._outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
         self.hidden: list[torch.Tensor] = []
@@ -92,7 +93,7 @@ class Chain:
         with torch.no_grad(), self.recorders(), at_work(self._real[:1], machine):
             for window in windows:
                 hidden, arguments = self._record(window)
-                self._stay = machine.is_gpu and 4 * windows.numel() * hidden.shape[-1] <= _MOST_BYTES_ON_GPUS
+                self._set_bytes = 4 * windows.numel() * hidden.shape[-1]
                 self.hidden.append(self.settled(hidden[0].float().clone()))
                 self.arguments = self.arguments or arguments
                 if not same_arguments(self.arguments, arguments):
@@ -117,9 +118,14 @@ class Chain:
         there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
         return hidden_of(block(there, *moved(arguments.positional, device), **moved(arguments.named, device))).reshape(hidden.shape)
 
-    def settled(self, state: torch.Tensor) -> torch.Tensor:
-        """A hidden state, or its gradient, where it waits: where it is, if all of them have room there, or in the host's memory."""
-        return state if self._stay else to_host(state)
+    def settled(self, state: torch.Tensor, sets: int = _SETS) -> torch.Tensor:
+        """A hidden state, or its gradient, where it waits: where it is, or in the host's memory.
+
+        Args:
+            state: of some windows.
+            sets: so many states of all windows must have room on the GPUs.
+        """
+        return state if self._machine.is_gpu and sets * self._set_bytes <= _MOST_BYTES_ON_GPUS else state.to("cpu")
 
     @contextmanager
     def recorders(self) -> Iterator[None]:

@@ -1,27 +1,25 @@
 """Blocks of a model that is too large for a GPU, each there only while it is called.
 
-While one block works, a thread copies the next one into page-locked memory, from where it travels beside the computation: twice as fast
-as from anywhere else, or more. Several GPUs take blocks in turn, each over its own way to the host's memory, and hidden states go from one
-to the next. Of each GPU's memory two blocks' worth is taken, and as much page-locked memory.
+While one block works the next one travels. Several GPUs take blocks in turn, each over its own way to the host's memory, and hidden states
+go from one to the next. Of each GPU's memory two blocks' worth is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from septet.calibration.blocks import moved
+from septet.quantize_gpu.uploads import Staging
 
 __all__ = ["Fetching"]
-
-#: Every tensor begins at a multiple of so many bytes of the page-locked memory.
-_ALIGNED = 256
 
 
 class Fetching:
@@ -80,16 +78,14 @@ class _Way:
 
     def __init__(self, device: str, blocks: list[list[torch.Tensor]]) -> None:
         self.device, self._on_gpu, self._blocks = torch.device(device), device.startswith("cuda"), blocks
-        size = max(sum(map(_room, tensors)) for tensors in blocks)
-        self._staged = [torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
-        self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
-        self._sent = [torch.cuda.Event() if self._on_gpu else None for _ in range(2)]
+        self._staging, self._stream = Staging(device), torch.cuda.Stream(self.device) if self._on_gpu else None
         self._thread, self._number = ThreadPoolExecutor(1), 0
         self._coming: Future = self._thread.submit(self._bring, 0)
 
     def close(self) -> None:
         """Nothing is brought any more."""
         self._thread.shutdown()
+        self._staging.close()
 
     def take(self) -> list[torch.Tensor]:
         """The next block's tensors on the device, for its current stream; the one after it begins to come."""
@@ -105,28 +101,16 @@ class _Way:
 
     def _bring(self, number: int) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         """Send a block to the device; returns its tensors there, and when they will have arrived."""
-        place = number % len(self._staged)
-        there, begin, sent = [], 0, self._sent[place]
-        with ExitStack() as context:
-            if sent is not None:
-                # What was sent from here before has left.
-                sent.synchronize()
-                context.enter_context(torch.cuda.device(self.device))
-                context.enter_context(torch.cuda.stream(self._stream))
-            for tensor in self._blocks[number % len(self._blocks)]:
-                staged = self._staged[place][begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                staged.copy_(tensor)
-                # Never the staged memory itself, where that is no other device.
-                there.append(staged.to(self.device, non_blocking=True, copy=True))
-                begin += _room(tensor)
-            if sent is not None:
-                sent.record(self._stream)
-        return there, sent
+        with torch.cuda.stream(self._stream) if self._on_gpu else nullcontext():
+            there = [self._sent(tensor) for tensor in self._blocks[number % len(self._blocks)]]
+            return there, self._stream.record_event() if self._on_gpu else None
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        there = torch.empty(len(raw), dtype=torch.uint8, device=self.device)
+        self._staging.send(lambda start, out: np.copyto(out, raw[start : start + len(out)]), there)
+        return there.view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors_of(block: nn.Module) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}.values())
-
-
-def _room(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED

@@ -1,7 +1,8 @@
 """Sensitivities in memory or on disk, written and read beside other work.
 
-The two sides of a block are written by a thread while the GPU measures the next block, into files that the system may still hold in
-memory; `seal` has them on disk before it says that all are there. Symmetric matrices are stored as what lies above their diagonal.
+The two sides of a block are written by a thread while the GPU measures the next block; one block waits at most. The files may still be in
+the system's memory; `seal` has them on disk before it says that all are there. Symmetric matrices are stored as what lies above their
+diagonal.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 
 from septet.errors import CheckpointError
+from septet.quantize_gpu.devices import to_host
 
 __all__ = ["Sensitivity", "Upper", "load_array", "save_array"]
 
 #: Squares on the diagonal of a symmetric matrix that are stored whole.
 _SQUARE = 512
-#: Blocks that may wait to be written, the one at work included.
-_MOST_WAITING = 2
+#: Numbers that come from a GPU at a time.
+_PIECE = 1 << 24
 _AGAIN = "delete {} and run the same command with --resume"
 
 
@@ -105,12 +107,11 @@ class Sensitivity:
             OSError: what was put before could not be written.
         """
         named = {f"inputs of {group}": _folded(matrix) for group, matrix in inputs.items()}
-        named |= {f"outputs of {layer}": _float32(matrix) for layer, matrix in outputs.items()}
-        self._arrays |= named
+        named |= {f"outputs of {layer}": _tensor(matrix).float() for layer, matrix in outputs.items()}
         if self._folder is None:
+            self._arrays |= {key: to_host(tensor).numpy() for key, tensor in named.items()}
             return
-        while len(self._waiting) >= _MOST_WAITING:
-            self._waiting.pop(0).result()
+        self.settle()
         self._waiting.append(self._writer.submit(self._write, named))
 
     def read_ahead(self, group: str, layers: Sequence[str]) -> None:
@@ -131,21 +132,18 @@ class Sensitivity:
         while self._waiting and (wait or self._waiting[0].done()):
             self._waiting.pop(0).result()
 
-    def _write(self, named: dict[str, np.ndarray]) -> None:
-        for key, array in named.items():
-            save_array(self._file(key), array, wait=False)
+    def _write(self, named: dict[str, torch.Tensor]) -> None:
+        for key, tensor in named.items():
+            _save_unsynced(self._file(key), tensor)
             self._written.append(self._file(key))
-            del self._arrays[key]
 
     def _get(self, key: str) -> np.ndarray | None:
         ahead = self._ahead.pop(key, None)
         return self._load(key) if ahead is None else ahead.result()
 
     def _load(self, key: str) -> np.ndarray | None:
-        # What is being written leaves this dictionary when its file is there.
-        array = self._arrays.get(key)
-        if array is not None or self._folder is None:
-            return array
+        if self._folder is None:
+            return self._arrays.get(key)
         return load_array(self._file(key)) if self._file(key).is_file() else None
 
     def _file(self, key: str) -> Path:
@@ -167,36 +165,35 @@ def _folded_size(size: int) -> int:
     return 1 + sum((stop - start) * (size - start) for start, stop in _squares(size))
 
 
-def _folded(matrix: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A symmetric matrix, [K, K], without what lies below the squares of its diagonal: K, then slabs of rows; float32 [n]."""
-    size, source = len(matrix), torch.from_numpy(matrix) if isinstance(matrix, np.ndarray) else matrix
-    folded = np.empty(_folded_size(size), np.float32)
-    folded[0] = size
-    for start, stop, slab in Upper(folded).slabs():
-        torch.from_numpy(slab).copy_(source[start:stop, start:])
-    return folded
+def _folded(matrix: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix, [K, K], without what lies below the squares of its diagonal: K, then slabs of rows; float32 [n], where it is."""
+    source = _tensor(matrix)
+    size = source.new_full((1,), len(source), dtype=torch.float32)
+    return torch.cat([size, *(source[start:stop, start:].float().reshape(-1) for start, stop in _squares(len(source)))])
 
 
-def _float32(matrix: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A matrix from wherever it is, as it is kept."""
-    source = torch.from_numpy(matrix) if isinstance(matrix, np.ndarray) else matrix
-    return torch.from_numpy(np.empty(source.shape, np.float32)).copy_(source).numpy()
+def _tensor(matrix: np.ndarray | torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(matrix) if isinstance(matrix, np.ndarray) else matrix
 
 
-def save_array(path: Path, array: np.ndarray, wait: bool = True) -> None:
-    """Write an array of any dtype and shape to an .npy file, which appears whole or not at all.
+def _save_unsynced(path: Path, tensor: torch.Tensor) -> None:
+    """`save_array` for a tensor from anywhere, float32, in pieces; a power cut may still damage the file."""
+    unfinished, flat = path.with_suffix(".unfinished.npy"), tensor.reshape(-1)
+    with open(unfinished, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(tensor.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(flat), _PIECE):
+            file.write(memoryview(to_host(flat[start : start + _PIECE]).numpy()).cast("B"))
+    os.replace(unfinished, path)
 
-    Args:
-        path: of the file.
-        array: what to write.
-        wait: until it is on disk; otherwise a power cut may still damage it.
-    """
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array of any dtype and shape to an .npy file, which appears whole or not at all."""
     unfinished = path.with_suffix(".unfinished.npy")
     with open(unfinished, "wb") as file:
         np.save(file, array)
         file.flush()
-        if wait:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 

@@ -28,7 +28,6 @@ from septet.calibration.sums import InputSum, block_grams
 from septet.calibration.workers import Machine, copies_at_work, map_windows
 from septet.model import LayerPlan
 from septet.quantize.statistics import output_rows
-from septet.quantize_gpu.devices import to_host
 
 __all__ = ["measure"]
 
@@ -60,12 +59,13 @@ def measure(
     prefix, blocks = find_blocks(model, layers)
     machine = machine or Machine()
     chain, found = Chain(model, blocks, windows, machine), found or Sensitivity()
-    states = [chain.hidden]
+    # Before every block, behind the last, and their gradients before and behind one.
+    states, sets = [chain.hidden], len(blocks) + 3
     for index, block in enumerate(blocks):
         with copies_at_work(block, machine) as copies:
 
             def work(item: tuple[int, torch.Tensor], i: int = index, copies: dict = copies) -> torch.Tensor:
-                return to_host(chain.block_output(i, item[1], copies[machine.device_of(item[0])]))
+                return chain.settled(chain.block_output(i, item[1], copies[machine.device_of(item[0])]), sets)
 
             parts = map_windows(work, list(enumerate(states[-1])), machine, shared=True)
             states.append([moved for part in parts for moved in part])

@@ -106,7 +106,8 @@ def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype |
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in before:
-            tensor.data = data.to(machine.device, dtype if data.is_floating_point() else None)
+            # In two steps: in one, the processor would convert.
+            tensor.data = data.to(machine.device).to(dtype if data.is_floating_point() and dtype else data.dtype)
         yield
     finally:
         for tensor, data in before:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 __all__ = ["on_devices", "to_host"]
@@ -45,10 +44,10 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a dtype that NumPy has, in the host's memory; itself if it is there.
+    """A tensor in the host's memory; itself if it is there.
 
-    NumPy asks for large pages: memory that is new to a process takes longer than the way from a GPU.
+    From a GPU into page-locked memory, which torch uses again: memory that is new to a process takes longer than the way from a GPU.
     """
     if tensor.device.type == "cpu":
         return tensor
-    return torch.from_numpy(np.empty(tensor.shape, torch.empty(0, dtype=tensor.dtype).numpy().dtype)).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
