@@ -39,7 +39,7 @@ _PARTS = {
     "septet.calibration.calibrator:Calibrator._known": "statistics, sensitivities from disk",
     "septet.calibration.calibrator:_weigh": "statistics, mixed",
     "septet.calibration.calibrator:Calibrator.take_over": "taken over",
-    "septet.quantize_gpu.trellis:_uploaded": "weights to the GPU",
+    "septet.quantize_gpu.trellis:uploaded": "weights to the GPU",
     "septet.quantize_gpu.trellis:_quantize": "scales and the like",
     "septet.quantize_gpu.trellis:input_metric": "factorization",
     "septet.quantize_gpu.trellis:share": "shared",
