@@ -14,7 +14,7 @@ import test_calibration  # noqa: E402
 from cuda_layout import same_layout  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
-from septet.calibration import Machine, sample_windows  # noqa: E402
+from septet.calibration import Machine  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402
 from septet.errors import OptionError  # noqa: E402
 from septet.model import plan  # noqa: E402
@@ -57,18 +57,6 @@ def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path, monkeypatc
     assert found.keys() == expected.keys()
     for group, known in expected.items():
         assert np.array_equal(found[group].inputs, known.inputs) and np.array_equal(found[group].drift, known.drift), group
-
-
-@pytest.mark.parametrize("helpers", [("cpu:1",), ("cpu:1", "cpu:2")])
-def test_blocks_fetched_by_more_gpus_write_the_same_text(
-    helpers: tuple[str, ...], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a model that is too large for one of them; processors stand in for GPUs."""
-    model, one = test_calibration.load(tiny_model_dir), Machine(device="cpu:0")
-    expected = sample_windows(model, 3, 8, 256, machine=one)
-    monkeypatch.setattr("septet.calibration.sampling._MOST_BYTES_FOR_WEIGHTS", 0)
-    assert torch.equal(expected, sample_windows(model, 3, 8, 256, machine=replace(one, helpers=helpers)))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.skipif(

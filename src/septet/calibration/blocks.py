@@ -20,14 +20,14 @@ from septet.calibration.workers import Machine, at_work
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
 
-__all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "moved", "same_arguments"]
+__all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
 #: Tokens that a GPU computes at a time, in whole windows.
 _TOKENS_TOGETHER = 2048
 #: Hidden states that take no more bytes stay on GPUs; others wait in the host's memory.
 _MOST_BYTES_ON_GPUS = 5 << 30
-#: Where there is room for so many sets of them: both texts' before and behind a block, and as much again for what else is there.
-_SETS = 8
+#: Where there would be room for so many sets of them: four are there at most, and what else is there grows with them.
+_SETS = 16
 _HINT = "quantize it without calibration"
 
 
@@ -116,7 +116,7 @@ class Chain:
         device = self._machine.device if block is None else next(block.parameters()).device
         arguments, block = self.arguments[index], self._blocks[index] if block is None else block
         there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
-        return hidden_of(block(there, *moved(arguments.positional, device), **moved(arguments.named, device))).reshape(hidden.shape)
+        return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
 
     def settled(self, state: torch.Tensor, sets: int = _SETS) -> torch.Tensor:
         """A hidden state, or its gradient, where it waits: where it is, or in the host's memory.
@@ -221,13 +221,13 @@ class _Recorder(nn.Module):
         return self.__dict__["local"].calls.note(positional, named)
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
+def _moved(value: Any, device: torch.device | str) -> Any:
     """Tensors on a device, and tuples, lists and dicts of them; anything else as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: moved(one, device) for key, one in value.items()}
-    return type(value)(moved(one, device) for one in value) if type(value) in (tuple, list) else value
+        return {key: _moved(one, device) for key, one in value.items()}
+    return type(value)(_moved(one, device) for one in value) if type(value) in (tuple, list) else value
 
 
 def same_arguments(first: object, second: object) -> bool:

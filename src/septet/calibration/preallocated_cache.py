@@ -28,16 +28,12 @@ def preallocate(cache: Cache, tokens: int) -> Cache:
     if not isinstance(cache, DynamicCache):
         return cache
     growing = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
-    room: dict[int, list[torch.Tensor]] = {}
-    for device in {layer.keys.device for layer in growing}:
-        there = [layer for layer in growing if layer.keys.device == device]
-        sizes = [(*held.shape[:-2], tokens, held.shape[-1]) for layer in there for held in (layer.keys, layer.values)]
-        counts = [math.prod(size) for size in sizes]
-        # One piece of memory on each device, so that all of it goes back to the system in the end.
-        parts = there[0].keys.new_empty(sum(counts)).split(counts)
-        shaped = [part.view(size) for part, size in zip(parts, sizes)]
-        room |= {id(layer): shaped[2 * number : 2 * number + 2] for number, layer in enumerate(there)}
-    cache.layers = [_PreallocatedLayer(layer, *room[id(layer)]) if id(layer) in room else layer for layer in cache.layers]
+    sizes = [(*held.shape[:-2], tokens, held.shape[-1]) for layer in growing for held in (layer.keys, layer.values)]
+    # One piece of memory, so that all of it goes back to the system in the end.
+    store = growing[0].keys.new_empty(sum(map(math.prod, sizes))) if growing else None
+    parts = iter(store.split([math.prod(size) for size in sizes]) if growing else ())
+    shaped = iter(part.view(size) for part, size in zip(parts, sizes))
+    cache.layers = [_PreallocatedLayer(layer, next(shaped), next(shaped)) if layer in growing else layer for layer in cache.layers]
     return cache
 
 

@@ -2,7 +2,7 @@
 
 Sequences are drawn at temperature 1 from the model's own predictions, many side by side, since one token at a time is bound by memory.
 Each batch has a generator of its own, so neither threads nor other batches change what is drawn. On a GPU a model that fits lies there
-meanwhile; of a larger one each block is fetched for every token, which many sequences share; several GPUs fetch blocks in turn.
+meanwhile; of a larger one each block is fetched for every token, which many sequences share.
 
 Reference: data-free calibration after Liu et al. 2023 (LLM-QAT, arXiv 2305.17888).
 """
@@ -104,5 +104,5 @@ def _within_reach(model: nn.Module, machine: Machine) -> Iterator[None]:
     outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
     with at_work(outside, machine, None), ExitStack() as fetched:
         if len(blocks):
-            fetched.callback(Fetching(list(blocks), machine.devices).remove)
+            fetched.callback(Fetching(list(blocks), machine.device).remove)
         yield

@@ -46,7 +46,7 @@ class InputSum:
             return
         finite = torch.isfinite(rows).all(1)
         self._counts.append(finite.sum())
-        rows = torch.where(finite[:, None], rows, torch.zeros_like(rows))
+        rows = rows.masked_fill(~finite[:, None], 0)
         self._sum.add(rows, rows)
 
     def mean(self) -> np.ndarray | torch.Tensor:

@@ -1,7 +1,6 @@
-"""The way to a GPU: a few threads fill small pieces of page-locked memory, each sent while others are filled.
+"""Matrices of a checkpoint on their way to a GPU: threads read pieces into page-locked memory, each sent while others are read.
 
-Page-locked memory is twice as fast as any other, or more. The pieces are so small that they stay in the processor's caches: memory is read
-once, and nothing is written back to it.
+Nothing passes through memory that is new to the process, which would take longer than all the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from septet.quantize.tensor import RowSource
 
-__all__ = ["Staging", "uploaded"]
+__all__ = ["uploaded"]
 
 #: Bytes of a piece, and how many there are; a thread for each.
 _PIECE = 1 << 22
@@ -27,7 +26,7 @@ _PIECES = 6
 Source = Callable[[int, np.ndarray], None]
 
 
-class Staging:
+class _Staging:
     """Pieces of page-locked memory, used in turn.
 
     Args:
@@ -61,10 +60,6 @@ class Staging:
 
         list(self._threads.map(piece, range(0, len(there), _PIECE)))
 
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
-
 
 def uploaded(weight: RowSource, device: str) -> torch.Tensor:
     """A matrix on the device, float32 [N, K]; stored as bfloat16 it is widened there."""
@@ -76,5 +71,5 @@ def uploaded(weight: RowSource, device: str) -> torch.Tensor:
 
 
 @cache
-def _staging(device: str) -> Staging:
-    return Staging(device)
+def _staging(device: str) -> _Staging:
+    return _Staging(device)
