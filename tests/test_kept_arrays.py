@@ -38,3 +38,24 @@ def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: 
         save_array(file, load_array(file).reshape(-1)[:-1])
     with pytest.raises(CheckpointError, match="must hold a symmetric matrix, got .*; delete .* and run the same command with --resume"):
         Sensitivity(tmp_path).inputs("g")
+
+
+def test_the_mark_comes_after_everything_and_a_failure_is_told(tmp_path: Path) -> None:
+    kept, mark = Sensitivity(tmp_path), tmp_path / "complete.npy"
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {})
+    kept.seal(mark)
+    kept.settle()
+    assert mark.is_file() and np.array_equal(kept.inputs("g"), np.eye(3))
+    kept = Sensitivity(tmp_path / "nowhere")
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {})
+    with pytest.raises(FileNotFoundError):
+        kept.settle()
+
+
+def test_what_is_read_ahead_is_what_is_there(tmp_path: Path) -> None:
+    kept = Sensitivity(tmp_path)
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {"l": np.ones((1, 2, 2), np.float32)})
+    kept.settle()
+    kept.read_ahead("g", ["l", "another"])
+    assert np.array_equal(kept.inputs("g"), np.eye(3)) and np.array_equal(kept.outputs("l"), np.ones((1, 2, 2)))
+    assert kept.outputs("another") is None
