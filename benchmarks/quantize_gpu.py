@@ -1,13 +1,15 @@
 """How long quantizing takes on GPUs, stage by stage, and how much of their memory.
 
     python benchmarks/quantize_gpu.py --shape 8b [--blocks 1 2] [--gpus 1 2] [--memory GB] [--stream] [--effort E] [--tokens T]
+                                      [--parts]
     python benchmarks/quantize_gpu.py --model DIR [--keep OUT] [--seed N]
 
 The first makes models with random weights in the shapes of a large one but with few blocks, quantizes each, and extrapolates: what two
 models differ in is what a block costs, and the rest is paid once. Head and embedding are left as they are. With several numbers of GPUs
 it checks that all write the same bytes. `--memory` keeps torch within so many GB of each GPU, `--stream` brings blocks one by one while
 text is written, as for a model that does not fit. One JSON object per run; stages are wall seconds, and warm-up runs come first, on a
-small model and on one block of the shape, so that compiling kernels and loading libraries is not counted.
+small model and on one block of the shape, so that compiling kernels and loading libraries is not counted. `--parts` says where the time
+goes, and takes a little more of it (`parts.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
+from parts import timed_parts
 
 from septet import loading
 from septet.calibration import sampling
@@ -59,8 +63,8 @@ def make_model(directory: Path, shape: str, blocks: int, device: str) -> None:
     model.to(torch.bfloat16).cpu().save_pretrained(directory)
 
 
-def run(source: Path, out: Path, options: QuantizeOptions, device: str) -> dict:
-    """Quantize; seconds by stage and in all, and the peak of what torch has taken on each GPU."""
+def run(source: Path, out: Path, options: QuantizeOptions, device: str, parts: bool = False) -> dict:
+    """Quantize; seconds by stage and in all, and the peak of what torch has taken on each GPU; if wanted, seconds by part."""
     seconds: dict[str, float] = defaultdict(float)
     stage, since = "load", time.perf_counter()
 
@@ -78,11 +82,13 @@ def run(source: Path, out: Path, options: QuantizeOptions, device: str) -> dict:
     calibrate = calibrate_with("self", options, 0, show, device) if options.effort else None
     hooks = Hooks(plan=loading.plan_checkpoint, progress=show, calibrate=calibrate, quantizer=quantizer_on(device))
     started = time.perf_counter()
-    quantize_checkpoint(source, out, options, hooks)
+    with timed_parts() if parts else nullcontext({}) as by_part:
+        quantize_checkpoint(source, out, options, hooks)
     total = time.perf_counter() - started
     seconds[stage] += time.perf_counter() - since
     peaks = [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2) for gpu in gpus]
-    return {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}, "peak_gib": peaks}
+    found = {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}, "peak_gib": peaks}
+    return found | ({"parts": {name: round(value, 3) for name, value in by_part.items()}} if parts else {})
 
 
 def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
@@ -95,7 +101,7 @@ def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
     return {"blocks": blocks, "stages": rounded, "seconds": round(sum(stages.values()), 1)}
 
 
-def measure_shape(place: Path, shape: str, blocks: list[int], devices: list[str], options: QuantizeOptions) -> None:
+def measure_shape(place: Path, shape: str, blocks: list[int], devices: list[str], options: QuantizeOptions, parts: bool) -> None:
     """Runs on models with random weights, on one device or list of devices after the other."""
     bare = QuantizeOptions(**options.as_json() | {"head": "keep"})
     made: dict[tuple[str, int], dict] = {}
@@ -104,7 +110,7 @@ def measure_shape(place: Path, shape: str, blocks: list[int], devices: list[str]
         torch.cuda.empty_cache()
         written = set()
         for device in devices:
-            made[device, count] = run(place / "model", place / "out", bare, device)
+            made[device, count] = run(place / "model", place / "out", bare, device, parts)
             written.add(tuple(sha256_of_file(file) for file in sorted((place / "out").glob("*.safetensors"))))
             shutil.rmtree(place / "out")
             if number:
@@ -126,6 +132,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="GB of each GPU")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--vocabulary", type=int, help="of the shape, instead of its own: a smaller one saves time that is not measured")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--effort", type=int, default=2)
@@ -154,7 +161,7 @@ def main() -> None:
             made = run(arguments.model, arguments.keep or place / "out", options, devices[0])
             print(json.dumps({"model": arguments.model.name, "seed": arguments.seed, **made}), flush=True)
             return
-        measure_shape(place, arguments.shape, arguments.blocks, devices, options)
+        measure_shape(place, arguments.shape, arguments.blocks, devices, options, arguments.parts)
 
 
 if __name__ == "__main__":

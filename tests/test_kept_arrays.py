@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
 from septet.calibration import Sensitivity  # noqa: E402
-from septet.calibration.sensitivity import load_array, save_array  # noqa: E402
+from septet.calibration.kept import load_array, save_array  # noqa: E402
 from septet.errors import CheckpointError  # noqa: E402
 
 
@@ -29,9 +29,33 @@ def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
 def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: Path) -> None:
     half = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
     matrix = half + half.T
-    Sensitivity(tmp_path).put({"g": matrix}, {"l": half[None]})
+    kept = Sensitivity(tmp_path)
+    kept.put({"g": matrix}, {"l": half[None]})
+    kept.settle()
+    assert np.array_equal(kept.inputs("g"), matrix)
     assert np.array_equal(Sensitivity(tmp_path).inputs("g"), matrix) and np.array_equal(Sensitivity(tmp_path).outputs("l"), half[None])
     for file in tmp_path.glob("*.npy"):
         save_array(file, load_array(file).reshape(-1)[:-1])
     with pytest.raises(CheckpointError, match="must hold a symmetric matrix, got .*; delete .* and run the same command with --resume"):
         Sensitivity(tmp_path).inputs("g")
+
+
+def test_the_mark_comes_after_everything_and_a_failure_is_told(tmp_path: Path) -> None:
+    kept, mark = Sensitivity(tmp_path), tmp_path / "complete.npy"
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {})
+    kept.seal(mark)
+    kept.settle()
+    assert mark.is_file() and np.array_equal(kept.inputs("g"), np.eye(3))
+    kept = Sensitivity(tmp_path / "nowhere")
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {})
+    with pytest.raises(FileNotFoundError):
+        kept.settle()
+
+
+def test_what_is_read_ahead_is_what_is_there(tmp_path: Path) -> None:
+    kept = Sensitivity(tmp_path)
+    kept.put({"g": np.eye(3, dtype=np.float32)}, {"l": np.ones((1, 2, 2), np.float32)})
+    kept.settle()
+    kept.read_ahead("g", ["l", "another"])
+    assert np.array_equal(kept.inputs("g"), np.eye(3)) and np.array_equal(kept.outputs("l"), np.ones((1, 2, 2)))
+    assert kept.outputs("another") is None

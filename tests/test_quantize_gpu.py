@@ -12,14 +12,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 
+import checkpoints  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
-from septet.errors import OptionError  # noqa: E402
+from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file  # noqa: E402
+from septet.errors import CheckpointError, OptionError  # noqa: E402
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 from septet.quantize.factorization import Factor, factorize  # noqa: E402
 from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
 from septet.quantize.statistics import corrected, input_metric  # noqa: E402
-from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
+from septet.quantize_gpu import feedback, linear_algebra, uploads  # noqa: E402
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])
@@ -89,6 +91,21 @@ def test_a_hessian_that_needs_more_damping_is_whole_at_the_second_attempt(panel:
     root = made.matrix.tril()
     assert torch.allclose(root @ root.T, whole + 5 * torch.eye(130), atol=1e-12)
     assert linear_algebra.decompose(hessian.clone(), (0.0005,)) is None
+
+
+def test_a_matrix_that_is_read_in_pieces_is_the_one_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = np.random.default_rng(3).integers(0, 1 << 14, (50, 70)).astype(np.uint16)
+    checkpoints.write_shard(tmp_path / "model.safetensors", {"other": bits[:3], "w": bits, "wide": bits.astype(np.float32)})
+    file = open_tensor_file(tmp_path / "model.safetensors")
+    monkeypatch.setattr("septet.quantize_gpu.uploads._PIECE", 1000)
+    uploads._staging.cache_clear()
+    for key in ("w", "wide"):
+        stored = StoredMatrix(file, key)
+        assert np.array_equal(uploads.uploaded(stored, "cpu").numpy(), stored[:])
+    uploads._staging.cache_clear()
+    file.path.write_bytes(file.path.read_bytes()[:-16000])
+    with pytest.raises(CheckpointError, match="a file that ends early"):
+        uploads.uploaded(StoredMatrix(file, "w"), "cpu")
 
 
 def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupStatistics) -> float:

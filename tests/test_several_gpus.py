@@ -15,7 +15,9 @@ from cuda_layout import same_layout  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
 from septet.calibration import Machine  # noqa: E402
+from septet.checkpoint import QuantizeOptions  # noqa: E402
 from septet.errors import OptionError  # noqa: E402
+from septet.model import plan  # noqa: E402
 from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
 
 
@@ -39,10 +41,16 @@ def test_a_gpu_without_a_share_gets_no_copy() -> None:
     assert_same(made[0], expected[0])
 
 
-def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path) -> None:
-    """Processors stand in for GPUs."""
+def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors stand in for GPUs. Sums have several panels, and windows come one by one."""
+    monkeypatch.setattr("septet.calibration.sums._PANEL", 24)
+    monkeypatch.setattr("septet.calibration.blocks._TOKENS_TOGETHER", 16)
     one = Machine(device="cpu:0")
     sensitivity = test_calibration.measured(tiny_model_dir, one)
+    others = test_calibration.measured(tiny_model_dir, replace(one, helpers=("cpu:1", "cpu:2")))
+    for layer in plan(test_calibration.load(tiny_model_dir), QuantizeOptions(head="keep")):
+        assert np.array_equal(others.inputs(layer.group), sensitivity.inputs(layer.group)), layer.group
+        assert np.array_equal(others.outputs(layer.name), sensitivity.outputs(layer.name)), layer.name
     expected = test_calibration.run_through(lambda: test_calibration.load(tiny_model_dir), one, sensitivity)[0]
     several = replace(one, helpers=("cpu:1", "cpu:2"))
     found = test_calibration.run_through(lambda: test_calibration.load(tiny_model_dir), several, sensitivity)[0]

@@ -6,8 +6,9 @@ blocks form a plain chain.
 """
 
 from septet.calibration.calibrator import Calibrator
+from septet.calibration.kept import Sensitivity
 from septet.calibration.sampling import sample_windows
-from septet.calibration.sensitivity import Sensitivity, measure
+from septet.calibration.sensitivity import measure
 from septet.calibration.workers import Machine
 
 __all__ = ["Calibrator", "Machine", "Sensitivity", "measure", "sample_windows"]

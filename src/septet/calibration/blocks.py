@@ -24,6 +24,10 @@ __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
 #: Tokens that a GPU computes at a time, in whole windows.
 _TOKENS_TOGETHER = 2048
+#: Hidden states that take no more bytes stay on GPUs; others wait in the host's memory.
+_MOST_BYTES_ON_GPUS = 5 << 30
+#: Where there would be room for so many sets of them: four are there at most, and what else is there grows with them.
+_SETS = 16
 _HINT = "quantize it without calibration"
 
 
@@ -70,7 +74,7 @@ class Chain:
 
     Attributes:
         windows: what is computed at a time: int64 [tokens] each; on a GPU a few together, [windows, tokens].
-        hidden: before the first block, float32 [tokens, features] or [windows, tokens, features] for each of them, in the host's memory.
+        hidden: before the first block, float32 [tokens, features] or [windows, tokens, features] for each of them.
         arguments: of each block; the same for all windows; where the model runs.
 
     Raises:
@@ -81,6 +85,7 @@ class Chain:
         self._model, self._blocks, self._real, self._machine = model, blocks, list(blocks), machine
         self._local = threading.local()
         self._rest: tuple | None = None
+        self._set_bytes = 0
         inside = {id(parameter) for parameter in blocks.parameters()}
         self._outside = [module for module in model.modules() if not any(id(parameter) in inside for parameter in module.parameters())]
         self.hidden: list[torch.Tensor] = []
@@ -88,7 +93,8 @@ class Chain:
         with torch.no_grad(), self.recorders(), at_work(self._real[:1], machine):
             for window in windows:
                 hidden, arguments = self._record(window)
-                self.hidden.append(hidden[0].float().to("cpu", copy=True))
+                self._set_bytes = 4 * windows.numel() * hidden.shape[-1]
+                self.hidden.append(self.settled(hidden[0].float().clone()))
                 self.arguments = self.arguments or arguments
                 if not same_arguments(self.arguments, arguments):
                     got = f"other arguments for another text in {type(model).__name__}"
@@ -111,6 +117,15 @@ class Chain:
         arguments, block = self.arguments[index], self._blocks[index] if block is None else block
         there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
         return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
+
+    def settled(self, state: torch.Tensor, sets: int = _SETS) -> torch.Tensor:
+        """A hidden state, or its gradient, where it waits: where it is, or in the host's memory.
+
+        Args:
+            state: of some windows.
+            sets: so many states of all windows must have room on the GPUs.
+        """
+        return state if self._machine.is_gpu and sets * self._set_bytes <= _MOST_BYTES_ON_GPUS else state.to("cpu")
 
     @contextmanager
     def recorders(self) -> Iterator[None]:
@@ -139,9 +154,10 @@ class Chain:
 
     def _record(self, window: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """The first block's hidden state [1, tokens, features], and the arguments of each block."""
-        first = self._run(window, _Calls(None, 1))
-        output = self._real[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
-        self._rest = output[1:] if isinstance(output, tuple) else None
+        if not self.arguments or self._rest is not None:
+            first = self._run(window, _Calls(None, 1))
+            output = self._real[0](first.hidden[0], *first.arguments[0].positional, **first.arguments[0].named)
+            self._rest = output[1:] if isinstance(output, tuple) else None
         chain = self._run(window, _Calls(self._rest, len(self._real)))
         if len(chain.arguments) != len(self._real) or any(hidden is not chain.hidden[0] for hidden in chain.hidden):
             got = f"blocks of {type(self._model).__name__} that do not hand on what they get"

@@ -4,7 +4,7 @@ The windows' hidden states wait before the block at work. For each of its groups
 the layers before it; when all its layers have been quantized, they move on. So every layer is calibrated behind all quantized ones before
 it. The same windows also go through the unquantized model, to see how far inputs have moved. Memory: the model as it was loaded, less
 the blocks that are done; one block in float32; the hidden states twice; all inputs and most outputs of one block's layers; a few
-statistics; on a GPU the last three. Results do not depend on the number of threads.
+statistics; on GPUs the last three, and hidden states that are not too many. Results do not depend on the number of threads.
 
 Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); moved inputs after Li et al. 2025 (GPTAQ, 2504.02692).
 """
@@ -19,9 +19,9 @@ from torch import nn
 
 from septet import quantize_gpu
 from septet.calibration.blocks import Chain, find_blocks
+from septet.calibration.kept import Sensitivity, Upper
 from septet.calibration.passes import Passes
-from septet.calibration.sensitivity import Sensitivity
-from septet.calibration.sums import InputSum
+from septet.calibration.sums import InputSum, ProductSum
 from septet.calibration.workers import Machine
 from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
@@ -34,8 +34,6 @@ __all__ = ["Calibrator"]
 _Moved = torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]] | None
 #: How much of the inputs' Hessian counts tokens by what depends on them (docs/log.md).
 _WEIGHED_SHARE = 0.3
-#: Large matrices are mixed about so many numbers at a time.
-_SLAB = 1 << 24
 
 
 class Calibrator:
@@ -68,8 +66,7 @@ class Calibrator:
         self._sensitivity = sensitivity
         self._prefix, self._blocks = find_blocks(model, layers)
         self._chain: Chain | None = None
-        #: Hidden states before the current block, as in `Chain.hidden`, with quantized and with original weights;
-        #: in the host's memory.
+        #: Hidden states before the current block, as in `Chain.hidden`, with quantized and with original weights.
         self._hidden: list[torch.Tensor] = []
         self._original: list[torch.Tensor] = []
         #: Inputs of the current block's layers in the unquantized model, by key, one tensor per window.
@@ -104,6 +101,7 @@ class Calibrator:
         inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
+        self._read_ahead(layers)
         _weigh(inputs, known[0])
         if drift is not None:
             drift /= total.tokens
@@ -112,17 +110,26 @@ class Calibrator:
     def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
         """What is known of a group before anything is quantized, from the sensitivity; None where nothing is."""
         known = self._known(layers)
-        return None if known is None else GroupStatistics(known[0].astype(np.float64), None, known[1])
+        return None if known is None else GroupStatistics(known[0].whole().astype(np.float64), None, known[1])
 
-    def _known(self, layers: Sequence[LayerPlan]) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | None:
+    def _read_ahead(self, layers: Sequence[LayerPlan]) -> None:
+        """Have the sensitivity of the group behind these layers read while they are quantized."""
+        behind = self._layers.index(layers[-1]) + 1
+        following = [layer for layer in self._layers[behind:] if layer.group == self._layers[behind].group]
+        if following:
+            self._sensitivity.read_ahead(following[0].group, [layer.name for layer in following])
+
+    def _known(self, layers: Sequence[LayerPlan]) -> tuple[Upper, tuple[np.ndarray, ...]] | None:
         """Both sides of a group's sensitivity, float32; None where they are not known."""
         if self._sensitivity is None:
             return None
-        inputs, outputs = self._sensitivity.inputs(layers[0].group), [self._sensitivity.outputs(layer.name) for layer in layers]
+        inputs, outputs = self._sensitivity.upper(layers[0].group), [self._sensitivity.outputs(layer.name) for layer in layers]
         return None if inputs is None or any(matrix is None for matrix in outputs) else (inputs, tuple(outputs))
 
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
         """Let everything after this layer see its quantized weights; layers come in the order of the plan."""
+        if self._sensitivity is not None:
+            self._sensitivity.settle(wait=layer == self._layers[-1])
         index = self._block_of(layer)
         if index is None and self._chain is not None:
             return
@@ -183,28 +190,26 @@ class Calibrator:
 
     def _collect(self, layers: Sequence[LayerPlan]) -> tuple[InputSum, np.ndarray | torch.Tensor | None]:
         """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known."""
-        size, watched = layers[0].shape[1], self._watched(layers)
-        total = InputSum(size, self._machine.device)
+        size, watched, on_gpu = layers[0].shape[1], self._watched(layers), self._machine.is_gpu
+        total = InputSum(size, self._machine.devices)
         # On a GPU memory counts, and a quarter of the drift is made up for at most.
-        dtype, drift = (torch.float32 if self._machine.is_gpu else torch.float64), None
+        drift: ProductSum | torch.Tensor | None = None
         if self._sensitivity is not None:
-            drift = torch.zeros((size, size), dtype=dtype, device=self._machine.device)
+            drift = ProductSum(size, self._machine.devices, torch.float32) if on_gpu else torch.zeros((size, size), dtype=torch.float64)
         for results in self._passes.run(self._hidden, watched, self._with_drift, stop=True):
-            for key in watched:
-                rows = [inputs[key].to(self._machine.device) for (inputs, _), _ in results if key in inputs]
-                if rows:
-                    total.add(torch.cat(rows))
-            for (_, moved), _ in results:
-                if drift is None or moved is None:
-                    drift = None
-                elif isinstance(moved, torch.Tensor):
-                    drift += moved
-                else:
-                    for difference, rows in moved:
-                        drift.addmm_(difference.to(drift.device).T, rows.to(drift.device))
+            # One GPU gives the windows one by one, several a few together; sums must not know.
+            for windows in [[result] for result in results] if on_gpu else [results]:
+                for key in watched:
+                    rows = [inputs[key] for (inputs, _), _ in windows if key in inputs]
+                    if rows:
+                        total.add(torch.cat(rows) if len(rows) > 1 else rows[0])
+                for (_, moved), _ in windows:
+                    drift = _with(drift, moved)
         for key in watched:
             self._original_inputs.pop(key, None)
-        return total, drift if drift is None or self._machine.is_gpu else drift.numpy()
+        if isinstance(drift, ProductSum):
+            return total, drift.total()
+        return total, None if drift is None else drift.numpy()
 
     def _with_drift(self, number: int, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Moved]:
         """The inputs that a window gives, and what `_Moved` says."""
@@ -220,17 +225,28 @@ class Calibrator:
         return inputs, sum((difference.T @ rows for difference, rows in pairs[1:]), pairs[0][0].T @ pairs[0][1]) if pairs else None
 
 
-def _weigh(inputs: np.ndarray | torch.Tensor, weighed: np.ndarray) -> None:
-    """Mix inputs, float64 [K, K], with those weighed by what depends on them, float32 [K, K] of any magnitude, in place."""
+def _with(drift: ProductSum | torch.Tensor | None, moved: _Moved) -> ProductSum | torch.Tensor | None:
+    """A drift with that of one window more; None if either is not known."""
+    if drift is None or moved is None:
+        return None
+    if isinstance(drift, torch.Tensor):
+        drift += moved
+        return drift
+    for difference, rows in moved:
+        drift.add(difference, rows)
+    return drift
+
+
+def _weigh(inputs: np.ndarray | torch.Tensor, weighed: Upper) -> None:
+    """Mix inputs, float64 [K, K], with those weighed by what depends on them, of any magnitude, in place."""
     on_gpu = isinstance(inputs, torch.Tensor)
     other = sum_all(weighed.diagonal().astype(np.float64))
     if not 0 < other < np.inf:
         return
     trace = float(inputs.trace()) if on_gpu else sum_all(np.ascontiguousarray(inputs.diagonal()))
     inputs *= 1 - _WEIGHED_SHARE
-    step = max(1, _SLAB // len(inputs))
-    for start in range(0, len(inputs), step):
-        slab = weighed[start : start + step]
+    for start, stop, slab in weighed.slabs():
         wide = torch.from_numpy(slab).to(inputs.device).double() if on_gpu else slab.astype(np.float64)
         wide *= _WEIGHED_SHARE * trace / other
-        inputs[start : start + step] += wide
+        inputs[start:stop, start:] += wide
+        inputs[stop:, start:stop] += wide[:, stop - start :].T

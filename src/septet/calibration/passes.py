@@ -62,7 +62,7 @@ class Passes:
             stop: stop as soon as all of them have been seen.
 
         Yields:
-            For a few windows at a time, what `look` returns and the hidden state behind the block in the host's memory, or None.
+            For a few windows at a time, what `look` returns and the hidden state behind the block where the chain lets it wait, or None.
         """
         seen = threading.local()
         hooks = [
@@ -73,10 +73,10 @@ class Passes:
 
         def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
             seen.inputs, output = {}, None
-            block = self._blocks[self._machine.devices[item[0] % len(self._blocks)]]
+            block = self._blocks[self._machine.device_of(item[0])]
             self._remembered.window(item[0])
             with suppress(_SeenAll):
-                output = self._chain.block_output(self._index, item[1], block).to("cpu")
+                output = self._chain.settled(self._chain.block_output(self._index, item[1], block))
             return look(item[0], seen.inputs), output
 
         # A GPU computes faster than it could compare, and its memory is needed.

@@ -1,10 +1,13 @@
 """Sums of products over tokens, in float64: exact on the processor, by the GPU's own products where the tokens are there.
 
 On the processor a sum must not depend on the number of threads, so its products are exact (`quantize.exact`). One GPU adds in the same
-order every time, and another kind of GPU writes other text anyway.
+order every time, and another kind of GPU writes other text anyway. Several GPUs compute some rows of a sum each, all windows of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -12,7 +15,10 @@ import torch
 from septet.quantize import exact
 from septet.quantize.hessian import HessianSum
 
-__all__ = ["InputSum", "block_grams"]
+__all__ = ["InputSum", "ProductSum", "block_grams"]
+
+#: Rows of a sum that one GPU computes at a time; fixed, since products of another shape may round in another way.
+_PANEL = 1024
 
 
 class InputSum:
@@ -20,30 +26,76 @@ class InputSum:
 
     Args:
         inputs: in_features of the group.
-        device: where the tokens are.
-
-    Attributes:
-        tokens: how many have been added.
+        devices: where it is added up, "cpu" or GPUs; their number changes no bit. The first one has the result.
     """
 
-    def __init__(self, inputs: int, device: str) -> None:
-        self._exact = HessianSum(inputs) if device == "cpu" else None
-        self._sum = None if device == "cpu" else torch.zeros((inputs, inputs), dtype=torch.float64, device=device)
-        self.tokens = 0
+    def __init__(self, inputs: int, devices: Sequence[str]) -> None:
+        self._exact = HessianSum(inputs) if devices[0] == "cpu" else None
+        self._sum = None if devices[0] == "cpu" else ProductSum(inputs, devices, torch.float64, symmetric=True)
+        self._counts: list[torch.Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many have been added."""
+        return self._exact.tokens if self._exact is not None else sum(map(int, self._counts))
 
     def add(self, rows: torch.Tensor) -> None:
         """Add tokens, float32 [tokens, K]; rows that are not finite are left out."""
         if self._exact is not None:
             self._exact.add(rows.numpy())
-            self.tokens = self._exact.tokens
             return
-        wide = rows[torch.isfinite(rows).all(1)].double()
-        self._sum.addmm_(wide.T, wide)
-        self.tokens += len(wide)
+        finite = torch.isfinite(rows).all(1)
+        self._counts.append(finite.sum())
+        rows = rows.masked_fill(~finite[:, None], 0)
+        self._sum.add(rows, rows)
 
     def mean(self) -> np.ndarray | torch.Tensor:
         """The Hessian per token, float64 [K, K]: an array, or a tensor on the GPU. A GPU's sum is used up."""
-        return self._exact.mean() if self._exact is not None else self._sum.div_(max(self.tokens, 1))
+        return self._exact.mean() if self._exact is not None else self._sum.total().div_(max(self.tokens, 1))
+
+
+class ProductSum:
+    """A sum of transpose(left) @ right over tokens. Its rows are dealt out to GPUs in panels that do not depend on how many there are.
+
+    Args:
+        size: columns of both sides, K.
+        devices: GPUs; the first one has room for the whole sum, the others for their share.
+        dtype: of the sum.
+        symmetric: both sides are the same; what lies below the diagonal is not computed.
+    """
+
+    def __init__(self, size: int, devices: Sequence[str], dtype: torch.dtype, symmetric: bool = False) -> None:
+        self._symmetric, self._matrix = symmetric, torch.zeros((size, size), dtype=dtype, device=devices[0])
+        #: (rows, columns, their sum) of each GPU.
+        self._panels: dict[str, list[tuple[slice, slice, torch.Tensor]]] = {device: [] for device in devices}
+        # There and back again, since panels of a symmetric sum become shorter.
+        turns = [*devices, *reversed(devices)]
+        for number, start in enumerate(range(0, size, _PANEL)):
+            rows, columns = slice(start, min(start + _PANEL, size)), slice(start if symmetric else 0, size)
+            device, part = turns[number % len(turns)], self._matrix[rows, columns]
+            part = part if device == devices[0] else torch.zeros(part.shape, dtype=dtype, device=device)
+            self._panels[device].append((rows, columns, part))
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add tokens, float32 [tokens, K] each, on any GPU."""
+        for device, panels in self._panels.items():
+            if not panels:
+                continue
+            right_there = right.to(device).to(panels[0][2].dtype)
+            left_there = right_there if left is right else left.to(device).to(right_there.dtype)
+            for rows, columns, part in panels:
+                part.addmm_(left_there[:, rows].T, right_there[:, columns])
+
+    def total(self) -> torch.Tensor:
+        """The sum, [K, K] on the first GPU; it is used up."""
+        for rows, columns, part in chain.from_iterable(self._panels.values()):
+            # Panels of the first GPU are there already.
+            if part.data_ptr() != self._matrix[rows, columns].data_ptr():
+                self._matrix[rows, columns] = part.to(self._matrix.device)
+            if self._symmetric:
+                self._matrix[rows.stop :, rows] = self._matrix[rows, rows.stop :].T
+        self._panels = {}
+        return self._matrix
 
 
 def block_grams(rows: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -3,11 +3,12 @@
 On the processor a product spread over several threads may add in another order than on one. So every window is computed by a single
 thread, and results come back in order. A GPU gets one window after the other: it is one queue of work anyway, and so its results do not
 depend on anything else either. Several GPUs get one window each at a time. Models stay in the host's memory; `at_work` brings a part of
-one to where it is computed.
+one to where it is computed, `copies_at_work` to all GPUs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from septet.quantize.threads import default_threads
 from septet.quantize_gpu.devices import on_devices
 
-__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "map_windows"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "map_windows"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -47,6 +48,10 @@ class Machine:
     def devices(self) -> tuple[str, ...]:
         """Where, helpers last."""
         return self.device, *self.helpers
+
+    def device_of(self, item: int) -> str:
+        """Where an item is computed that `map_windows` shares."""
+        return self.devices[item % len(self.devices)]
 
     @property
     def is_gpu(self) -> bool:
@@ -101,11 +106,19 @@ def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype |
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in before:
-            tensor.data = data.to(machine.device, dtype if data.is_floating_point() else None)
+            # In two steps: in one, the processor would convert.
+            tensor.data = data.to(machine.device).to(dtype if data.is_floating_point() and dtype else data.dtype)
         yield
     finally:
         for tensor, data in before:
             tensor.data = data
+
+
+@contextmanager
+def copies_at_work(module: nn.Module, machine: Machine) -> Iterator[dict[str, nn.Module]]:
+    """`at_work` for a single part of a model, with a copy on each helper: by device, the machine's own first."""
+    with at_work([module], machine):
+        yield {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,17 +83,24 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
     run.workspace.reserve(shards)
     _forget_damaged(run, jobs, shards)
     total, done = sum(job.source_bytes for job in jobs), 0
-    for job in jobs:
-        stage = "quantize" if job.layers else "copy"
-        run.progress(Progress(stage, job.name, done, total))
-        if job.name not in run.workspace.records:
-            (_quantize if job.layers else _copy)(run, job, places)
-        elif run.calibration is not None:
-            for layer in job.layers:
-                run.calibration.take_over(layer, _read_quantized(run, job, layer, places))
-        done += job.source_bytes
-        entries = run.workspace.records[job.name]["layers"].values()
-        run.progress(Progress(stage, job.name, done, total, max((entry["relative_error"] for entry in entries), default=None)))
+    with _Writer(run, places) as writer:
+        for job in jobs:
+            stage = "quantize" if job.layers else "copy"
+            run.progress(Progress(stage, job.name, done, total))
+            record = run.workspace.records.get(job.name)
+            errors = [] if record is None else [entry["relative_error"] for entry in record["layers"].values()]
+            if record is None and job.layers:
+                made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
+                errors = [quantized.relative_error for quantized in made]
+                writer.put(job, made)
+            elif record is None:
+                writer.settle()
+                _copy(run, job, places)
+            elif run.calibration is not None:
+                for layer in job.layers:
+                    run.calibration.take_over(layer, _read_quantized(run, job, layer, places))
+            done += job.source_bytes
+            run.progress(Progress(stage, job.name, done, total, max(errors, default=None)))
     _write_beside(run, jobs, shards)
     _write_hashes(run, shards, made_from)
 
@@ -112,19 +120,50 @@ def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
                 break
 
 
-def _quantize(run: Run, job: Job, places: _Places) -> None:
-    """Quantize a group of layers, write their tensors, record them."""
-    checksums: dict[str, str] = {}
-    layers: dict[str, dict] = {}
-    made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
-    for layer, quantized in zip(job.layers, made):
-        layers[layer.name] = quantized.config() | layer.config()
-        for part, array in quantized.tensors().items():
-            key = f"{layer.name}.{part}"
-            checksums[key] = crc32_text(array)
-            shard, offset = places[key]
-            run.workspace.write(shard, [(offset, array)])
-    run.workspace.record(job.name, crc32=checksums, layers=layers)
+class _Writer:
+    """Writes and records what has been quantized, in a thread of its own, while the next group is at work; one job waits at most.
+
+    At the end of a `with`, also after an error, it has written what it was given.
+    """
+
+    def __init__(self, run: Run, places: _Places) -> None:
+        self._run, self._places = run, places
+        self._thread, self._last = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+        self._thread.shutdown()
+        if error_type is None:
+            self.settle()
+
+    def put(self, job: Job, made: list[QuantizedTensor]) -> None:
+        """Write the tensors of a job.
+
+        Raises:
+            CheckpointError: those of the job before could not be written.
+        """
+        self.settle()
+        self._last = self._thread.submit(self._write, job, made)
+
+    def settle(self) -> None:
+        """Wait until everything is on disk and recorded; raises like `put`."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def _write(self, job: Job, made: list[QuantizedTensor]) -> None:
+        checksums: dict[str, str] = {}
+        layers: dict[str, dict] = {}
+        for layer, quantized in zip(job.layers, made):
+            layers[layer.name] = quantized.config() | layer.config()
+            for part, array in quantized.tensors().items():
+                key = f"{layer.name}.{part}"
+                checksums[key] = crc32_text(array)
+                shard, offset = self._places[key]
+                self._run.workspace.write(shard, [(offset, array)])
+        self._run.workspace.record(job.name, crc32=checksums, layers=layers)
 
 
 def _read_quantized(run: Run, job: Job, layer: LayerPlan, places: _Places) -> QuantizedTensor:

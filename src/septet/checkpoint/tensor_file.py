@@ -68,14 +68,23 @@ class TensorFile:
         Raises:
             CheckpointError: the file has become shorter since it was opened.
         """
-        entry = self.entries[key]
-        stop = entry.size_bytes if stop is None else stop
-        with self.path.open("rb") as file:
-            file.seek(entry.start + start)
-            data = np.fromfile(file, np.uint8, stop - start)
-        if len(data) != stop - start:
-            raise CheckpointError(f"{key} must have {entry.size_bytes} bytes", f"a file that ends early: {self.path}", "fetch it again")
+        stop = self.entries[key].size_bytes if stop is None else stop
+        data = np.empty(stop - start, np.uint8)
+        self.read_into(key, start, data)
         return data
+
+    def read_into(self, key: str, start: int, out: np.ndarray) -> None:
+        """Fill uint8 `out` with the bytes of a tensor from `start` on; raises like `read`."""
+        entry = self.entries[key]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.start + start)
+            done = 0
+            while done < len(out):
+                count = file.readinto(memoryview(out)[done:])
+                if not count:
+                    got = f"a file that ends early: {self.path}"
+                    raise CheckpointError(f"{key} must have {entry.size_bytes} bytes", got, "fetch it again")
+                done += count
 
     def pieces(self, key: str) -> Iterator[np.ndarray]:
         """The bytes of a tensor, uint8, a few megabytes at a time."""
@@ -109,11 +118,22 @@ class StoredMatrix:
         raw = self.file.read(self.key, start * row_bytes, stop * row_bytes)
         return _to_float32(raw, entry.dtype).reshape(stop - start, self.shape[1])
 
-    def bfloat16_bits(self) -> np.ndarray | None:
-        """The whole matrix as it is stored, uint16, for whoever widens it faster; None if its dtype is not BF16."""
-        if self.file.entries[self.key].dtype != "BF16":
-            return None
-        return self.file.read(self.key).view("<u2").reshape(self.shape)
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether `bfloat16_bytes` can be had."""
+        return self.file.entries[self.key].dtype == "BF16"
+
+    def bfloat16_bytes(self, start: int, out: np.ndarray) -> None:
+        """A part of the matrix as it is stored, for whoever widens it faster.
+
+        Args:
+            start: the first byte.
+            out: uint8, filled.
+
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+        """
+        self.file.read_into(self.key, start, out)
 
 
 def _to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -57,7 +57,7 @@ def calibrate_with(
 
         from septet import loading
         from septet.calibration import Calibrator
-        from septet.calibration.sensitivity import load_array, save_array
+        from septet.calibration.kept import load_array, save_array
 
         model, machine = loading.load_model(directory.path), machine_of(threads, device)
         context = min(_CONTEXT, getattr(model.config, "max_position_embeddings", None) or _CONTEXT)
@@ -86,10 +86,7 @@ def _measured(
     show: Callable[[Progress], None],
 ) -> Sensitivity:
     """The sensitivity of a model's layers, kept in a folder."""
-    import numpy as np
-
     from septet.calibration import Sensitivity, measure
-    from septet.calibration.sensitivity import save_array
     from septet.checkpoint.stream import Progress
 
     found, complete = Sensitivity(folder), folder / "complete.npy"
@@ -100,7 +97,7 @@ def _measured(
             show(Progress("measure", f"block {done} of {total}"))
 
         measure(model, layers, windows, seed, machine, found, measured)
-        save_array(complete, np.zeros(0))
+        found.seal(complete)
     return found
 
 

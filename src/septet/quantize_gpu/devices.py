@@ -1,4 +1,7 @@
-"""Several GPUs of one host at work: a thread for each, since torch lets go of the interpreter while a GPU is told what to do."""
+"""Several GPUs of one host at work: a thread for each, since torch lets go of the interpreter while a GPU is told what to do.
+
+And the way back to the host's memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["on_devices"]
+__all__ = ["on_devices", "to_host"]
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
@@ -38,3 +41,13 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(quietly, *call) for call in calls]
         return [future.result() for future in futures]
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the host's memory; itself if it is there.
+
+    From a GPU into page-locked memory, which torch uses again: memory that is new to a process takes longer than the way from a GPU.
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -4,8 +4,9 @@ One step encodes one tile of every row of tiles. Where outputs know each other a
 `delay`; so at one step rows work on different columns, and whatever belongs to a column is gathered. Columns outside the matrix, which
 rows meet before they begin and after they have ended, are encoded too, as zeros without errors: that costs a few tiles and no branches.
 
-Feedback along the inputs comes in two parts: of columns encoded before the last `BATCH_STEPS` steps began, one product for all rows of
-the same delay; and of those since, a small product per step. All sums are exact, as on the processor, so the bytes are the same.
+Feedback along the inputs comes in two parts: of columns encoded before the last `BATCH_STEPS` steps began, one product for all rows, with
+every column that any of them meets; and of those since, a small product per step. All sums are exact, as on the processor, so the bytes
+are the same.
 
 The steps of a batch are the same operations every time, so a GPU gets them as one CUDA graph: sending them one by one takes longer than
 computing them, and threads that send to several GPUs would wait for each other.
@@ -34,6 +35,8 @@ __all__ = ["BATCH_STEPS", "Encoder", "Sheet", "encode_plainly", "encode_sheets"]
 BATCH_STEPS = 32
 #: Bytes are put together for about so many tiles at a time.
 _TILES_TO_PACK = 1 << 18
+#: Errors are widened, to be multiplied, about so many at a time.
+_ERRORS_TO_WIDEN = 1 << 25
 #: int16 [tiles, 256] quarter levels and the bits per pair -> int32 [tiles, 128] windows; `kernels.encode`, or another in tests.
 Encoder = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -151,12 +154,15 @@ class _Work:
         self._left = BATCH_STEPS + most
         across = self._left + self._columns + most
         self._delays = torch.tensor(delays, device=device)
-        self._rows_by_delay = [(delay, (self._delays == delay).nonzero()[:, 0]) for delay in sorted(set(delays))]
+        #: Which of the columns that some row meets in a batch each row meets at its steps: int64 [T, steps].
+        self._met = self._delays[:, None] + torch.arange(BATCH_STEPS - 1, -1, -1, device=device)
         self._number = torch.arange(tiles, device=device)
         self._per_input = 0.5 ** (factor.shift + ERROR_SHIFT)
         start = self._left * TILE_INPUTS
         self._coefficients, width = factor.coefficients, BATCH_STEPS * TILE_INPUTS
-        self._square = torch.empty((width, width), dtype=torch.float64, device=device)
+        reach = width + most * TILE_INPUTS
+        self._square = torch.empty((reach, reach), dtype=torch.float64, device=device)
+        self._sums = torch.empty((tiles * TILE_OUTPUTS, reach), dtype=torch.float64, device=device)
         #: Of the current batch: the column of rows without a delay, the feedback of earlier batches, coefficients inside, and errors.
         self._now = torch.zeros((), dtype=torch.int64, device=device)
         self._before = torch.zeros((tiles, TILE_OUTPUTS, width), dtype=torch.float64, device=device)
@@ -190,28 +196,34 @@ class _Work:
     def begin_batch(self, start: int) -> None:
         """Make ready for the steps from `start` on: feedback of all columns encoded before them, and coefficients inside the batch.
 
-        Columns of tiles are in the order of steps.
+        All is found for every column that some row meets in the batch, and each row takes those that it meets itself, in the order of
+        steps.
         """
         self._now.fill_(self._left + self._columns - 1 - start)
-        across = BATCH_STEPS * TILE_INPUTS
-        for delay, rows in self._rows_by_delay:
-            # In the true matrix: the batch ends before column `last`, and may begin before column 0.
-            last = self._columns - start + delay
-            first, stop = max((last - BATCH_STEPS) * TILE_INPUTS, 0), max(min(last * TILE_INPUTS, self._inputs), 0)
-            square = self._square.zero_()
-            before = torch.zeros((len(rows) * TILE_OUTPUTS, across), dtype=torch.float64, device=square.device)
-            if first < stop:
-                offset = first - (last - BATCH_STEPS) * TILE_INPUTS
-                inside = slice(offset, offset + stop - first)
-                # What the factor does not say, above the diagonal, meets errors that are still 0.
-                square[inside, inside] = self._coefficients[first:stop, first:stop]
-                if stop < self._inputs:
-                    known = self._mixed[rows, self._left + last : self._left + self._columns].transpose(1, 2)
-                    known = known.reshape(len(before), -1)[:, : self._inputs - stop].double()
-                    torch.mm(known, self._coefficients[stop:, first:stop], out=before[:, inside])
-            self._before[rows] = before.reshape(-1, TILE_OUTPUTS, BATCH_STEPS, TILE_INPUTS).flip(2).reshape(-1, TILE_OUTPUTS, across)
-            turned = square.reshape(BATCH_STEPS, TILE_INPUTS, BATCH_STEPS, TILE_INPUTS).flip(0, 2)
-            self._local[rows] = turned.reshape(across, across)
+        # In the true matrix: rows without a delay have been encoded from column `last` on; the batch may begin before column 0.
+        last = self._columns - start
+        offset, sums, square = (last - BATCH_STEPS) * TILE_INPUTS, self._sums.zero_(), self._square.zero_()
+        first, stop = max(offset, 0), min(offset + len(square), self._inputs)
+        inside = slice(first - offset, stop - offset)
+        # What the factor does not say, above the diagonal, meets errors that are still 0.
+        square[inside, inside] = self._coefficients[first:stop, first:stop]
+        if 0 < start:
+            self._add_earlier(max(last, 0), slice(first, stop), sums[:, inside])
+        tiles, reach = len(self._delays), len(square) // TILE_INPUTS
+        met = self._met[:, None, :, None].expand(-1, TILE_OUTPUTS, -1, TILE_INPUTS)
+        torch.gather(sums.view(tiles, TILE_OUTPUTS, reach, TILE_INPUTS), 2, met, out=self._before.view(met.shape))
+        turned = square.view(reach, TILE_INPUTS, reach, TILE_INPUTS)[self._met[:, :, None], :, self._met[:, None]]
+        self._local.view(tiles, BATCH_STEPS, TILE_INPUTS, BATCH_STEPS, TILE_INPUTS).copy_(turned.transpose(2, 3))
+
+    def _add_earlier(self, first: int, columns: slice, out: torch.Tensor) -> None:
+        """What errors from column of tiles `first` on ask of columns of weights: float64 [T * 64, columns], in pieces of rows."""
+        width = self._inputs - first * TILE_INPUTS
+        rows = max(1, _ERRORS_TO_WIDEN // (max(width, 1) * TILE_OUTPUTS))
+        for start in range(0, len(self._delays), rows):
+            errors = self._mixed[start : start + rows, self._left + first : self._left + self._columns].transpose(1, 2)
+            wide = torch.empty(errors.shape, dtype=torch.float64, device=errors.device).copy_(errors)
+            piece = out[start * TILE_OUTPUTS : (start + rows) * TILE_OUTPUTS]
+            torch.mm(wide.view(len(piece), -1)[:, :width], self._coefficients[first * TILE_INPUTS :, columns], out=piece)
 
     def run_batch(self) -> None:
         """Encode at the steps of a batch; those after the last step meet padding only."""

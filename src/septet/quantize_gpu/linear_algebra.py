@@ -247,9 +247,12 @@ def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
 
 def _rotate(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
     """Hd diag(scale) matrix diag(scale) Hd, float64 or float32 [K, K], in place."""
-    wide = scale.double()
+    wide, turn = scale.double(), hadamard(torch.eye(block, dtype=torch.float64, device=scale.device), block)
     for slab in _slabs(len(matrix)):
-        matrix[slab] = hadamard(matrix[slab] * wide, block).to(matrix.dtype)
+        rows = matrix[slab] * wide
+        matrix[slab] = (rows.view(-1, block) @ turn).view(rows.shape).to(matrix.dtype)
     for slab in _slabs(len(matrix)):
-        matrix[:, slab] = hadamard((matrix[:, slab] * wide[:, None]).T.contiguous(), block).T.to(matrix.dtype)
+        columns = matrix[:, slab] * wide[:, None]
+        blocks = turn @ columns.view(-1, block, columns.shape[1])
+        matrix[:, slab] = blocks.view(columns.shape).to(matrix.dtype)
     return matrix

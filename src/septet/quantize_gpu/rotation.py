@@ -14,6 +14,9 @@ from septet.quantize import QuantizedTensor
 
 __all__ = ["dequantize", "hadamard", "hadamard_outputs", "pack", "rotate", "unrotate", "window_levels", "windows_of_packed"]
 
+#: Bytes are taken apart for about so many tiles at a time.
+_TILES_TO_UNPACK = 1 << 15
+
 
 def hadamard(matrix: torch.Tensor, block: int) -> torch.Tensor:
     """Multiply float32 or float64 [N, K] by the block Hadamard matrix along its inputs; block 1 gives the matrix itself."""
@@ -58,9 +61,10 @@ def dequantize(quantized: QuantizedTensor, device: str) -> torch.Tensor:
     packed = torch.from_numpy(quantized.packed).to(device).reshape(rows, columns, tile_bytes(quantized.bits_per_pair))
     levels = torch.empty((rows, TILE_OUTPUTS, columns, TILE_INPUTS), dtype=torch.int8, device=device)
     table = window_levels(quantized.bits_per_pair, device)
-    for row in range(rows):
-        windows = windows_of_packed(packed[row], quantized.bits_per_pair)
-        levels[row] = table[windows].reshape(columns, TILE_OUTPUTS, TILE_INPUTS).transpose(0, 1)
+    together = max(1, _TILES_TO_UNPACK // columns)
+    for start in range(0, rows, together):
+        windows = windows_of_packed(packed[start : start + together], quantized.bits_per_pair)
+        levels[start : start + together] = table[windows].reshape(-1, columns, TILE_OUTPUTS, TILE_INPUTS).transpose(1, 2)
     dense = levels.reshape(rows * TILE_OUTPUTS, -1)[:outputs, :inputs]
     scale, input_scale = (torch.from_numpy(array.astype(np.float32)).to(device) for array in (quantized.scale, quantized.input_scale))
     return unrotate(dense, scale, input_scale, quantized.input_block, quantized.output_block)

@@ -20,10 +20,11 @@ from septet.quantize.statistics import output_rows
 from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
-from septet.quantize_gpu.devices import on_devices
+from septet.quantize_gpu.devices import on_devices, to_host
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
 from septet.quantize_gpu.linear_algebra import Factor, InputMetric, input_metric, output_factor
 from septet.quantize_gpu.rotation import hadamard_outputs, rotate, unrotate
+from septet.quantize_gpu.uploads import uploaded
 
 __all__ = ["Settings", "quantize_trellis"]
 
@@ -86,7 +87,7 @@ def _quantize(
     input_block = rotation.choose_block([inputs], settings.rotation_block)
     output_block = rotation.choose_block(outputs, settings.rotation_block)
     known = statistics.outputs if statistics is not None else None
-    there = [_uploaded(weight, device) for weight in weights]
+    there = [uploaded(weight, device) for weight in weights]
 
     def row_norms(columns: np.ndarray | None) -> list[np.ndarray]:
         return [sums.row_norms(weight, columns) for weight in there]
@@ -113,14 +114,6 @@ def _quantize(
         mine = [one for piece, one in zip(pieces, coded) if piece.tensor == tensor]
         made.append(_joined(mine, tuple(weight.shape), input_scale, work))
     return made
-
-
-def _uploaded(weight: RowSource, device: str) -> torch.Tensor:
-    """A matrix on the device, float32 [N, K]; stored as bfloat16 it is widened there."""
-    bits = weight.bfloat16_bits() if hasattr(weight, "bfloat16_bits") else None
-    if bits is None:
-        return torch.from_numpy(np.ascontiguousarray(weight[:])).to(device)
-    return torch.from_numpy(bits.view(np.int16)).to(device).view(torch.bfloat16).float()
 
 
 def share(work: _Work, pieces: list[_Piece], helpers: Sequence[str]) -> list[_Coded]:
@@ -252,7 +245,7 @@ class _Work:
         decoded = unrotate(levels, stored, self.input_scale, *self.blocks)
         weight = self.weights[piece.tensor][piece.rows].to(self.device).double()
         energy = float(weight.square().sum())
-        return _Coded(packed.cpu().numpy(), scale, float((weight - decoded).square_().sum()), energy)
+        return _Coded(to_host(packed).numpy(), scale, float((weight - decoded).square_().sum()), energy)
 
     def _refit(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, name: str) -> np.ndarray:
         """`quantize.refit.refit_output_scale`: better output scales for given levels, float16 [n]."""

@@ -1,0 +1,75 @@
+"""Matrices of a checkpoint on their way to a GPU: threads read pieces into page-locked memory, each sent while others are read.
+
+Nothing passes through memory that is new to the process, which would take longer than all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from septet.quantize.tensor import RowSource
+
+__all__ = ["uploaded"]
+
+#: Bytes of a piece, and how many there are; a thread for each.
+_PIECE = 1 << 22
+_PIECES = 6
+
+#: Fills uint8 `out` with the bytes from `start` on: source(start, out).
+Source = Callable[[int, np.ndarray], None]
+
+
+class _Staging:
+    """Pieces of page-locked memory, used in turn.
+
+    Args:
+        device: where everything goes.
+    """
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = torch.device(device)
+        self._threads, self._free = ThreadPoolExecutor(_PIECES), SimpleQueue()
+        on_gpu = self._device.type == "cuda"
+        for _ in range(_PIECES):
+            self._free.put((torch.empty(_PIECE, dtype=torch.uint8, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None))
+
+    def send(self, source: Source, there: torch.Tensor) -> None:
+        """Fill uint8 `there`, on the device, for the current stream. The source has been read when this returns."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+        def piece(start: int) -> None:
+            part, (staged, sent) = there[start : start + _PIECE], self._free.get()
+            try:
+                if sent is not None:
+                    # What was sent from here before has left.
+                    sent.synchronize()
+                source(start, staged.numpy()[: len(part)])
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    part.copy_(staged[: len(part)], non_blocking=True)
+                if sent is not None:
+                    sent.record(stream)
+            finally:
+                self._free.put((staged, sent))
+
+        list(self._threads.map(piece, range(0, len(there), _PIECE)))
+
+
+def uploaded(weight: RowSource, device: str) -> torch.Tensor:
+    """A matrix on the device, float32 [N, K]; stored as bfloat16 it is widened there."""
+    if not getattr(weight, "is_bfloat16", False):
+        return torch.from_numpy(np.ascontiguousarray(weight[:])).to(device)
+    there = torch.empty(2 * weight.shape[0] * weight.shape[1], dtype=torch.uint8, device=device)
+    _staging(device).send(weight.bfloat16_bytes, there)
+    return there.view(torch.bfloat16).view(weight.shape).float()
+
+
+@cache
+def _staging(device: str) -> _Staging:
+    return _Staging(device)
