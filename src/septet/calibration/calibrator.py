@@ -114,7 +114,8 @@ class Calibrator:
 
     def _read_ahead(self, layers: Sequence[LayerPlan]) -> None:
         """Have the sensitivity of the group behind these layers read while they are quantized."""
-        behind = self._layers.index(layers[-1]) + 1
+        # By name: what is quantized may have other widths than the plan that came first.
+        behind = [layer.name for layer in self._layers].index(layers[-1].name) + 1
         following = [layer for layer in self._layers[behind:] if layer.group == self._layers[behind].group]
         if following:
             self._sensitivity.read_ahead(following[0].group, [layer.name for layer in following])
@@ -129,7 +130,7 @@ class Calibrator:
     def take_over(self, layer: LayerPlan, quantized: QuantizedTensor) -> None:
         """Let everything after this layer see its quantized weights; layers come in the order of the plan."""
         if self._sensitivity is not None:
-            self._sensitivity.settle(wait=layer == self._layers[-1])
+            self._sensitivity.settle(wait=layer.name == self._layers[-1].name)
         index = self._block_of(layer)
         if index is None and self._chain is not None:
             return
