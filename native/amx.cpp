@@ -2,8 +2,8 @@
 //
 // Decoded levels lie as the second operand of a tile product wants them, [4 inputs][64 outputs][of 4]: 16 tiles of the format, 64 inputs, are 16 rows of four
 // registers. The first operand is up to 16 tokens with 64 inputs each, as they lie in memory. Four registers of sums start at the bias and are exact, so the
-// bits are those of every other set. One product of registers takes as long as eight of vpdpbusd and is worth 64, but uses the ports of vector operations
-// alone meanwhile, so for one token, whose weights are decoded on the way, it would be slower.
+// bits are those of every other set. A product of registers takes 16 cycles, as long as 32 of vpdpbusd, and is worth 256 of them; but no vector operation runs
+// beside it, so for one token, whose weights are decoded on the way, it would be slower (docs/log.md).
 #include <immintrin.h>
 
 #include "steps.h"
