@@ -43,7 +43,7 @@ class Upper:
         self._array, self._size = array, len(array)
         if array.ndim == 1:
             self._size = int(array[0]) if len(array) and np.isfinite(array[0]) else 0
-            if self._size < 1 or len(array) != _folded_size(self._size):
+            if not 1 <= self._size <= len(array) or len(array) != _folded_size(self._size):
                 path = Path(name)
                 raise CheckpointError(f"{path.name} must hold a symmetric matrix", f"{array.size} numbers", _AGAIN.format(path.parent))
 
