@@ -40,20 +40,22 @@ def test_a_symmetric_matrix_comes_back_from_disk_as_it_was(size: int, tmp_path: 
         Sensitivity(tmp_path).inputs("g")
 
 
-def test_the_mark_comes_after_everything_and_a_failure_is_told(tmp_path: Path) -> None:
-    kept, mark = Sensitivity(tmp_path), tmp_path / "complete.npy"
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_mark_comes_after_everything_and_a_failure_is_told(tmp_path: Path, beside: bool) -> None:
+    kept, mark = Sensitivity(tmp_path, beside), tmp_path / "complete.npy"
     kept.put({"g": np.eye(3, dtype=np.float32)}, {})
     kept.seal(mark)
     kept.settle()
     assert mark.is_file() and np.array_equal(kept.inputs("g"), np.eye(3))
-    kept = Sensitivity(tmp_path / "nowhere")
-    kept.put({"g": np.eye(3, dtype=np.float32)}, {})
+    kept = Sensitivity(tmp_path / "nowhere", beside)
     with pytest.raises(FileNotFoundError):
+        kept.put({"g": np.eye(3, dtype=np.float32)}, {})
         kept.settle()
 
 
-def test_what_is_read_ahead_is_what_is_there(tmp_path: Path) -> None:
-    kept = Sensitivity(tmp_path)
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_read_ahead_is_what_is_there(tmp_path: Path, beside: bool) -> None:
+    kept = Sensitivity(tmp_path, beside)
     kept.put({"g": np.eye(3, dtype=np.float32)}, {"l": np.ones((1, 2, 2), np.float32)})
     kept.settle()
     kept.read_ahead("g", ["l", "another"])

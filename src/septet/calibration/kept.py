@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from septet.errors import CheckpointError
+from septet.quantize.executors import one_worker
 from septet.quantize_gpu.devices import to_host
 
 __all__ = ["Sensitivity", "Upper", "load_array", "save_array"]
@@ -76,15 +77,16 @@ class Sensitivity:
 
     Args:
         folder: where to keep them; None: in memory. What an earlier `Sensitivity` has kept there is found again.
+        beside: write and read ahead in threads, for a GPU that works meanwhile.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, beside: bool = False) -> None:
+        self._folder, self._beside = folder, beside
         self._arrays: dict[str, np.ndarray] = {}
         self._written: list[Path] = []
         self._waiting: list[Future] = []
         self._ahead: dict[str, Future] = {}
-        self._writer, self._reader = (ThreadPoolExecutor(1) for _ in range(2))
+        self._writer, self._reader = one_worker(beside), one_worker(beside)
 
     def upper(self, group: str) -> Upper | None:
         """float32 [K, K], mean of |d|^2 x transpose(x), each layer of the group counting the same; only its shape matters."""
@@ -115,9 +117,9 @@ class Sensitivity:
         self._waiting.append(self._writer.submit(self._write, named))
 
     def read_ahead(self, group: str, layers: Sequence[str]) -> None:
-        """Begin to read what will be asked for next; what was read ahead and not asked for is forgotten."""
+        """Begin to read what will be asked for next, if there is a thread for it; what was read and not asked for is forgotten."""
         keys = [f"inputs of {group}", *(f"outputs of {layer}" for layer in layers)]
-        self._ahead = {key: self._reader.submit(self._load, key) for key in keys} if self._folder is not None else {}
+        self._ahead = {key: self._reader.submit(self._load, key) for key in keys} if self._folder is not None and self._beside else {}
 
     def seal(self, mark: Path) -> None:
         """Begin to wait until all that was put is on disk, and then write an empty array there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
 from septet.model import LayerPlan
 from septet.quantize import QuantizedTensor
+from septet.quantize.executors import one_worker
 from septet.quantize.stored import stored_arrays
 
 __all__ = ["Progress", "Run", "fill"]
@@ -121,14 +121,14 @@ def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
 
 
 class _Writer:
-    """Writes and records what has been quantized, in a thread of its own, while the next group is at work; one job waits at most.
+    """Writes and records what has been quantized; beside a GPU in a thread, while the next group is at work, and one job waits at most.
 
     At the end of a `with`, also after an error, it has written what it was given.
     """
 
     def __init__(self, run: Run, places: _Places) -> None:
         self._run, self._places = run, places
-        self._thread, self._last = ThreadPoolExecutor(1), None
+        self._thread, self._last = one_worker(beside=run.quantizer is not None), None
 
     def __enter__(self) -> _Writer:
         return self

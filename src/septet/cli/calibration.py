@@ -89,7 +89,7 @@ def _measured(
     from septet.calibration import Sensitivity, measure
     from septet.checkpoint.stream import Progress
 
-    found, complete = Sensitivity(folder), folder / "complete.npy"
+    found, complete = Sensitivity(folder, beside=machine.is_gpu), folder / "complete.npy"
     if not complete.is_file():
         show(Progress("measure", "forward"))
 
