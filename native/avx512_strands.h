@@ -13,7 +13,7 @@
 namespace septet {
 namespace {
 
-constexpr int kBias = 128, kFusedRows = 4, kRowsAtOnce = 4, kPairsOfStrand = 16;
+constexpr int kBias = 128, kFusedRows = 4, kPairsOfStrand = 16;
 constexpr int kGroupInputs = kGroupTiles * kTileInputs, kChunkInputs = 16 * kGroupInputs;
 
 struct alignas(64) Bytes { uint8_t at[64]; };
@@ -233,9 +233,9 @@ template <int bits, int rows>
 // Each stream goes through a quarter of the rows, so that what it reads next follows what it has read, at the end of a row, too.
 template <int bits>
 void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
-    const int64_t each = w.count / kRowsAtOnce, together = each * kRowsAtOnce, row_bytes = w.tiles * tile_bytes(bits);
-    for (int64_t row = 0; row < each; row++) strand_rows<bits, kRowsAtOnce>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
-    in_blocks<kRowsAtOnce - 1>(w.count - together, [&](auto rows, int64_t) {
+    const int64_t each = w.count / kStreams, together = each * kStreams, row_bytes = w.tiles * tile_bytes(bits);
+    for (int64_t row = 0; row < each; row++) strand_rows<bits, kStreams>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
+    in_blocks<kStreams - 1>(w.count - together, [&](auto rows, int64_t) {
         strand_rows<bits, rows>(w.packed + together * row_bytes, w.tiles, 1, x, y + together * kTileOutputs);
     });
 }

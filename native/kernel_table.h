@@ -36,6 +36,8 @@ using PackedProduct = void (*)(const uint8_t* packed, int64_t tiles, Rows x, int
 // Neighbouring rows of tiles; packed rows follow each other.
 struct TileRows { const uint8_t* packed; int64_t count, tiles; };
 
+constexpr int kStreams = 4;  // rows of tiles that a kernel reads side by side, at most
+
 // y[rows.count * 64] = from 0, per segment in order: y + scale * float32(decoded tiles @ x), the level_bias taken off.
 using SegmentProduct = void (*)(const TileRows& rows, const SegmentedRow& x, float* y);
 

@@ -16,7 +16,7 @@ constexpr int64_t kChunkTiles = 64;        // decoded at once: 16 KiB of int8
 constexpr int64_t kFloatChunkTiles = 32;   // 32 KiB of float32
 constexpr int64_t kTokenBlock = 128;       // tokens that share one decoding: 32 KiB of sums
 constexpr int64_t kRowBlock = 64;          // rows of an int8 matrix at once
-constexpr int64_t kStreams = 4, kManyRows = 16;  // kernels read up to 4 rows of tiles side by side; with that many for each thread, threads share such groups
+constexpr int64_t kManyRows = 16;          // of tiles for each thread: then threads share groups of kStreams
 constexpr int64_t kWeightsPerThread = 1 << 19, kWeightsPerAwakeThread = 1 << 15;  // below this, waking a thread costs more than it brings
 constexpr int64_t kWeightsPerPart = 1 << 18, kMostParts = 16;  // more parts even out threads of unequal speed; parts that take microseconds would cost more
 

@@ -123,7 +123,7 @@ def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: st
 
 @pytest.mark.skipif(
     "avx512vbmi" not in SETS,
-    reason="only AVX-512 VBMI has an order of its own; SEPTET_EXPECT_BACKENDS demands it where the processor has it",
+    reason="needs AVX-512 VBMI, the set with an order of its own; SEPTET_EXPECT_BACKENDS demands avx512vbmi where the processor has it",
 )
 def test_the_order_is_the_documented_one(rng: np.random.Generator) -> None:
     """Per group of four tiles, uint16 [tile][half of strands][strand][word] -> [word][strand][half][tile]; no byte more or less."""

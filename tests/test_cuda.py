@@ -7,7 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 if not torch.cuda.is_available():
-    pytest.skip("needs a GPU and a torch built for it; test_gpu.py tests what can be tested without", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; test_gpu.py tests what can be tested without", allow_module_level=True
+    )
 
 import tolerances  # noqa: E402
 from layers import int8_layer, split_layer, trellis_layer  # noqa: E402

@@ -7,7 +7,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
 if not torch.cuda.is_available():
-    pytest.skip("needs a GPU and a torch built for it; test_gpu_engine.py tests what can be tested without", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; test_gpu_engine.py tests what can be tested without",
+        allow_module_level=True,
+    )
 
 from packed_models import FAMILIES, packed_model  # noqa: E402
 from septet import generate  # noqa: E402

@@ -162,12 +162,12 @@ def test_kernels_in_the_interpreter_are_exact() -> None:
     check_kernels("cpu", (7,), 1, TRITON_INTERPRET="1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA; the interpreter runs its kernels")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
 def test_kernels_on_a_gpu_are_exact() -> None:
     check_kernels("cuda", (6, 7, 8), 150)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA; the interpreter runs its kernels")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
 def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
     weights = weights_of(576, [576, 192])
     weights[0][5, 7] = 4.0
@@ -176,7 +176,7 @@ def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
         assert np.array_equal(quantize_gpu.dequantize(one, "cuda").cpu().numpy(), dequantize(expected))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA; the interpreter runs its kernels")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
 def test_a_gpu_with_statistics_loses_what_the_processor_loses() -> None:
     inputs, outputs = 576, [576, 192]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
