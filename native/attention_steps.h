@@ -1,106 +1,17 @@
-// 16-lane vectors, and attention over the pages of a cache: scores, softmax and sum of values in one pass that keeps a running maximum.
+// Attention over the pages of a cache: scores, softmax and sum of values in one pass that keeps a running maximum.
 //
 // Included by model_steps.h, once per instruction set.
 #pragma once
-#include <cstring>
 #include <limits>
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
-#include "model_table.h"
+#include "lanes.h"
 #include "steps.h"
 
 namespace septet {
 namespace {
 
-using Floats [[gnu::vector_size(64)]] = float;
-using Ints [[gnu::vector_size(64)]] = int32_t;
-using Halves [[gnu::vector_size(32)]] = uint16_t;
-
-inline void load(Floats& v, const float* from) { std::memcpy(&v, from, sizeof v); }
-inline void store(const Floats& v, float* to) { std::memcpy(to, &v, sizeof v); }
-
-inline float sum_of_lanes(const Floats& v) {
-    float lanes[kLanes];
-    store(v, lanes);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    return lanes[0];
-}
-
-// Elements index .. index + 15 of an array of a type, as floats.
-template <int type>
-inline void load_stored(Floats& v, const void* stored, int64_t index) {
-    if constexpr (type == kFloat32) return load(v, static_cast<const float*>(stored) + index);
-    const uint16_t* from = static_cast<const uint16_t*>(stored) + index;
-#if defined(__AVX512F__)
-    if constexpr (type == kFloat16) {
-        v = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-        return;
-    }
-#elif defined(__F16C__)
-    if constexpr (type == kFloat16) {
-        const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-        const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)));
-        std::memcpy(&v, &low, sizeof low);
-        std::memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
-        return;
-    }
-#elif defined(__aarch64__)
-    if constexpr (type == kFloat16) {
-        float wide[kLanes];
-        for (int i = 0; i < kLanes; i += 4) vst1q_f32(wide + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
-        return load(v, wide);
-    }
-#endif
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    const Ints wide = __builtin_convertvector(halves, Ints);
-    if constexpr (type == kBfloat16) {
-        v = reinterpret_cast<Floats>(wide << 16);
-        return;
-    }
-    const Ints magnitude = (wide & 0x7FFF) << 13, sign = (wide & 0x8000) << 16;
-    const Ints finite = reinterpret_cast<Ints>(reinterpret_cast<Floats>(magnitude) * 0x1p112f);
-    const Ints bits = (magnitude >= 0x0F800000 ? (magnitude | 0x7F800000) : finite) | sign;  // above: infinities and NaN
-    v = reinterpret_cast<Floats>(bits);
-}
-
-// The first `valid` of these elements, 0 behind them.
-template <int type>
-inline void load_some(Floats& v, const void* stored, int64_t index, int64_t valid) {
-    if (valid == kLanes) return load_stored<type>(v, stored, index);
-    char elements[kLanes * 4] = {};
-    std::memcpy(elements, static_cast<const char*>(stored) + index * float_bytes(type), static_cast<size_t>(valid * float_bytes(type)));
-    load_stored<type>(v, elements, 0);
-}
-
-// x = e^x to about 2 units in the last place; 0 below -87, e^88 above 88, NaN stays NaN.
-inline void exponential(Floats& x) {
-    constexpr float lowest = -87.0f, highest = 88.0f, round_at = 12582912.0f;  // 1.5 * 2^23
-    const Ints vanishing = x < lowest;
-    const Floats limited = x > highest ? Floats{} + highest : vanishing ? Floats{} + lowest : x;
-    const Floats rounded = limited * 1.44269504f + round_at;  // the power of two stands in the last bits
-    const Floats n = rounded - round_at;
-    const Floats r = limited - n * 0.693145752f - n * 1.42860677e-6f;  // log(2) in two parts; n times the first is exact
-    Floats p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    const Ints power = reinterpret_cast<Ints>(rounded) << 23;  // what lies above the last bits leaves at the top
-    const Ints result = reinterpret_cast<Ints>(p) + power;
-    x = vanishing ? Floats{} : reinterpret_cast<Floats>(result);
-}
-
-inline float exponential_of(float x) {
-    Floats v = Floats{} + x;
-    exponential(v);
-    return v[0];
-}
+// Vectors of 16 lanes that scores, and sums of values, of four rows may have in registers.
+constexpr int kScoresAtOnce = kParts == 1 ? 2 : 1, kValuesAtOnce = kParts == 1 ? 4 : 1;
 
 // Blocks of positions of a page that hold begin .. end - 1.
 struct Blocks {
@@ -112,14 +23,15 @@ struct Blocks {
 template <int type, int rows>
 inline void score_page(const char* keys, const float* queries, int64_t dim, int64_t begin, int64_t end, float* scores) {
     const Blocks blocks(begin, end);
-    for (int64_t b = blocks.first; b < blocks.last; b++) {
-        Floats sum[rows][2], key[2];
-        repeat<rows, 2>([&](auto r, auto half) { sum[r][half] = Floats{}; });
+    for (int64_t i = blocks.first * kKeyBlock; i < blocks.last * kKeyBlock; i += kScoresAtOnce * kLanes) {
+        Floats sum[rows][kScoresAtOnce], key[kScoresAtOnce];
+        repeat<rows, kScoresAtOnce>([&](auto r, auto v) { sum[r][v] = Floats{}; });
+        const int64_t block = i / kKeyBlock * dim * kKeyBlock, inside = i % kKeyBlock;
         for (int64_t d = 0; d < dim; d++) {
-            repeat<2>([&](auto half) { load_stored<type>(key[half], keys, (b * dim + d) * kKeyBlock + half * kLanes); });
-            repeat<rows, 2>([&](auto r, auto half) { sum[r][half] += key[half] * queries[r * dim + d]; });
+            repeat<kScoresAtOnce>([&](auto v) { load_stored<type>(key[v], keys, block + d * kKeyBlock + inside + v * kLanes); });
+            repeat<rows, kScoresAtOnce>([&](auto r, auto v) { sum[r][v].add_product(key[v], queries[r * dim + d]); });
         }
-        repeat<rows, 2>([&](auto r, auto half) { store(sum[r][half], scores + r * kPagePositions + b * kKeyBlock + half * kLanes); });
+        repeat<rows, kScoresAtOnce>([&](auto r, auto v) { store(sum[r][v], scores + r * kPagePositions + i + v * kLanes); });
     }
     constexpr float never = -std::numeric_limits<float>::infinity();
     for (int r = 0; r < rows; r++) {
@@ -130,14 +42,16 @@ inline void score_page(const char* keys, const float* queries, int64_t dim, int6
 
 // Scores of a page -> e^(score - maximum so far), in place. Returns the factor for everything summed up before.
 inline float soften_page(float* scores, const Blocks& blocks, float& maximum, float& total) {
-    Floats most = Floats{} + maximum, sums{};
+    Floats most, sums{};
+    most.set([&](FloatPart& y, int) { y = FloatPart{} + maximum; });
     for (int64_t i = blocks.first * kKeyBlock; i < blocks.last * kKeyBlock; i += kLanes) {
         Floats s;
         load(s, scores + i);
-        most = s > most ? s : most;
+        most.set([&](FloatPart& y, int part) { y = s.part[part] > y ? s.part[part] : y; });
     }
-    float highest = maximum;
-    for (int lane = 0; lane < kLanes; lane++) highest = most[lane] > highest ? most[lane] : highest;
+    float highest = maximum, lanes[kLanes];
+    store(most, lanes);
+    for (float lane : lanes) highest = lane > highest ? lane : highest;
     for (int64_t i = blocks.first * kKeyBlock; i < blocks.last * kKeyBlock; i += kLanes) {
         Floats s;
         load(s, scores + i);
@@ -156,7 +70,7 @@ inline float soften_page(float* scores, const Blocks& blocks, float& maximum, fl
 template <int type, int rows>
 inline void add_values(const char* values, const float* weights, const float* factors, int64_t dim, int64_t begin, int64_t end, float* sums) {
     const int64_t width = padded_dim(dim);
-    in_blocks<4>(width / kLanes, [&](auto vector_count, int64_t first) {
+    in_blocks<kValuesAtOnce>(width / kLanes, [&](auto vector_count, int64_t first) {
         constexpr int vectors = decltype(vector_count)::value;
         Floats sum[rows][vectors], value[vectors];
         repeat<rows, vectors>([&](auto r, auto v) {
@@ -165,7 +79,7 @@ inline void add_values(const char* values, const float* weights, const float* fa
         });
         for (int64_t position = begin; position < end; position++) {
             repeat<vectors>([&](auto v) { load_stored<type>(value[v], values, position * width + (first + v) * kLanes); });
-            repeat<rows, vectors>([&](auto r, auto v) { sum[r][v] += value[v] * weights[r * kPagePositions + position]; });
+            repeat<rows, vectors>([&](auto r, auto v) { sum[r][v].add_product(value[v], weights[r * kPagePositions + position]); });
         }
         repeat<rows, vectors>([&](auto r, auto v) { store(sum[r][v], sums + r * width + (first + v) * kLanes); });
     });

@@ -2,7 +2,7 @@
 //
 // vpmaddubsw wants an unsigned and a signed operand. For one or two tokens the magnitudes of the levels are the unsigned one, and their signs go to the
 // activations; decoded levels keep theirs, |x| is unsigned and its sign goes to the level. 2 * 128 * 127 fits int16, so nothing saturates.
-#include "avx2_steps.h"
+#include "avx2_decoded.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
@@ -23,6 +23,8 @@ struct PairDot {
 };
 
 struct SignedLevels {
+    static constexpr int rows = 2;
+    static constexpr int32_t bias = 0;
     __m256i four, magnitude;
     void take(__m256i x) {
         four = x;
@@ -79,7 +81,7 @@ const KernelTable kAvx2Kernels = {
     {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>},
     {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
     {nullptr, row_by_row<6, segmented_levels<6>>, row_by_row<7, segmented_levels<7>>, row_by_row<8, segmented_levels<8>>},
-    nullptr,
+    add_decoded<SignedLevels, PairDot>,
     decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx2,

@@ -224,30 +224,6 @@ void row_by_row(const TileRows& rows, const SegmentedRow& x, float* y) {
     for (int64_t row = 0; row < rows.count; row++) row_product(rows.packed + row * rows.tiles * tile_bytes(bits), rows.tiles, x, y + row * kTileOutputs);
 }
 
-// Operands says how decoded weights and four activations become the operands of Dot.
-template <class Operands, class Dot>
-[[gnu::flatten]] void decoded_product(const uint8_t* decoded, int64_t tiles, Rows x, int32_t* sums) {
-    in_blocks<2>(x.count, [&](auto row_count, int64_t first) {
-        constexpr int rows = decltype(row_count)::value, registers = 8 / rows;
-        for (int part = 0; part < rows; part++) {
-            const int8_t* input = x.data + first * x.stride;
-            const uint8_t* levels = decoded + part * registers * 32;
-            int32_t* y = sums + first * kTileOutputs + part * registers * 8;
-            __m256i sum[rows][registers];
-            Operands operands[rows];
-            repeat<rows, registers>([&](auto r, auto q) { sum[r][q] = load_any(y + r * kTileOutputs + 8 * q); });
-            for (int64_t t = 0; t < tiles; t++, levels += kTileWeights, input += kTileInputs) {
-                repeat<rows>([&](auto r) { operands[r].take(broadcast_four(input + r * x.stride)); });
-                repeat<registers>([&](auto q) {
-                    const __m256i level = load_any(levels + 32 * q);
-                    repeat<rows>([&](auto r) { sum[r][q] = Dot::add(sum[r][q], operands[r].first(level), operands[r].second(level)); });
-                });
-            }
-            repeat<rows, registers>([&](auto r, auto q) { store_any(y + r * kTileOutputs + 8 * q, sum[r][q]); });
-        }
-    });
-}
-
 inline int32_t sum_lanes(__m256i v) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));

@@ -1,7 +1,7 @@
 // AVX2 with AVX-VNNI and GFNI: vpdpbusd adds up the four products of a lane. See avx2_steps.h.
 //
 // The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
-#include "avx2_steps.h"
+#include "avx2_decoded.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
@@ -20,10 +20,16 @@ struct BiasedDecoder : TrellisDecoder<bits> {
 };
 
 struct VnniDot {
-    static __m256i add(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) { return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes); }
+    // The instruction updates its operand; of the intrinsic GCC 12 makes copies of sums, to other registers and to memory.
+    static __m256i add(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(unsigned_bytes), "x"(signed_bytes));
+        return sum;
+    }
 };
 
 struct BiasedLevels {
+    static constexpr int rows = 3;
+    static constexpr int32_t bias = kBias;
     __m256i four;
     void take(__m256i x) { four = x; }
     __m256i first(__m256i level) const { return level; }
@@ -48,7 +54,7 @@ const KernelTable kAvxVnniKernels = {
      packed_product<BiasedDecoder<8>, VnniDot>},
     {nullptr, row_by_row<6, segment_product<BiasedDecoder<6>, VnniDot>>, row_by_row<7, segment_product<BiasedDecoder<7>, VnniDot>>,
      row_by_row<8, segment_product<BiasedDecoder<8>, VnniDot>>},
-    nullptr,
+    add_decoded<BiasedLevels, VnniDot>,
     decoded_product<BiasedLevels, VnniDot>, row_product_with<BiasedRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,
     &viterbi_avx2,

@@ -1,7 +1,7 @@
-// The steps of model_table.h in 16-lane vectors, which a compiler cuts into what the instruction set has.
+// The steps of model_table.h in vectors of 16 lanes (lanes.h).
 //
-// Lanes are added in a fixed order and nothing is fused, so every set gives the same bits, and so does any batch. Vectors are passed by reference only: by
-// value their ABI would depend on the set. Included once per set; the anonymous namespace keeps the copies apart.
+// Lanes are added in a fixed order and nothing is fused, so every set gives the same bits, and so does any batch. Included once per set; the anonymous
+// namespace keeps the copies apart.
 #pragma once
 #include <limits>
 
@@ -17,7 +17,7 @@ void rms_norm(const float* x, const float* weight, int64_t count, float epsilon,
     for (; i + kLanes <= count; i += kLanes) {
         Floats v;
         load(v, x + i);
-        sums += v * v;
+        sums.add_product(v, v);
     }
     float rest = 0;
     for (int64_t j = i; j < count; j++) rest += x[j] * x[j];
@@ -30,9 +30,11 @@ void add(const float* x, int64_t count, float* y) {
 }
 
 inline void gate_lanes(const Floats& gates, const Floats& up, Floats& y) {
-    Floats e = -gates;
-    exponential(e);
-    y = gates / (e + 1.0f) * up;
+    y.set([&](FloatPart& part, int i) {
+        FloatPart e = -gates.part[i];
+        exponential(e);
+        part = gates.part[i] / (e + 1.0f) * up.part[i];
+    });
 }
 
 void gate(const float* gates, const float* up, int64_t count, float* y) {
@@ -101,7 +103,7 @@ void narrow(int type, const float* x, int64_t count, void* stored) {
 template <int type>
 [[gnu::flatten]] void dense_product_with(const char* weight, int64_t rows, int64_t features, FloatRows x, float* sums) {
     in_blocks<4>(rows, [&](auto row_block, int64_t row) {
-        in_blocks<4>(x.count, [&](auto token_block, int64_t token) {
+        in_blocks<kParts == 1 ? 4 : 1>(x.count, [&](auto token_block, int64_t token) {
             constexpr int row_count = decltype(row_block)::value, tokens = decltype(token_block)::value;
             Floats sum[row_count][tokens], input[tokens];
             repeat<row_count, tokens>([&](auto r, auto m) { sum[r][m] = Floats{}; });
@@ -112,7 +114,7 @@ template <int type>
                     prefetch_ahead(from + k * float_bytes(type));
                     Floats w;
                     load_some<type>(w, from, k, valid);
-                    repeat<tokens>([&](auto m) { sum[r][m] += w * input[m]; });
+                    repeat<tokens>([&](auto m) { sum[r][m].add_product(w, input[m]); });
                 });
             };
             int64_t k = 0;

@@ -90,9 +90,7 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
             record = run.workspace.records.get(job.name)
             errors = [] if record is None else [entry["relative_error"] for entry in record["layers"].values()]
             if record is None and job.layers:
-                made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
-                errors = [quantized.relative_error for quantized in made]
-                writer.put(job, made)
+                errors = _quantize(run, job, writer)
             elif record is None:
                 writer.settle()
                 _copy(run, job, places)
@@ -103,6 +101,13 @@ def fill(run: Run, layers: list[LayerPlan], made_from: dict) -> None:
             run.progress(Progress(stage, job.name, done, total, max(errors, default=None)))
     _write_beside(run, jobs, shards)
     _write_hashes(run, shards, made_from)
+
+
+def _quantize(run: Run, job: Job, writer: _Writer) -> list[float]:
+    """Quantize the layers of a job and give them to the writer, who alone keeps them; returns their relative errors."""
+    made = quantize_job(run.source, job, run.options, run.threads, run.calibration, run.quantizer)
+    writer.put(job, made)
+    return [quantized.relative_error for quantized in made]
 
 
 def _forget_damaged(run: Run, jobs: list[Job], shards: list[Shard]) -> None:
