@@ -155,7 +155,7 @@ def engine_speed(engine: GpuEngine, position: int, rounds: int = 5, steps: int =
     """Median tokens per second of some rounds of greedy steps."""
     speeds = []
     for _ in range(rounds):
-        engine.kernel.position.fill_(position)
+        engine.kernel.position.move_to(position)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(steps):

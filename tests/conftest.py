@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import needs
 from septet import kernels
 from variants import chosen, variants, working_backends
 
@@ -28,12 +29,11 @@ def covered_backends() -> list[str]:
 
 
 #: What tests need besides septet's backends, in the words of tools/expected_backends.py: name -> module.
-FRAMEWORKS = {"torch": "torch", "transformers": "transformers", "triton": "triton", "llama-cpp": "llama_cpp"}
-GPUS = ("cuda", "two-gpus", "hopper")
+FRAMEWORKS = {"torch": "torch", "transformers": "transformers", "llama-cpp": "llama_cpp"}
 
 
 def working_frameworks() -> list[str]:
-    """FRAMEWORKS and GPUS, as far as they work here: tests that need them are skipped without."""
+    """FRAMEWORKS, compilers of GPU kernels and GPUs, as far as they work here: tests that need them are skipped without."""
     found = []
     for name, module in FRAMEWORKS.items():
         try:
@@ -41,16 +41,7 @@ def working_frameworks() -> list[str]:
         except ImportError:
             continue
         found.append(name)
-    return [*found, *(working_gpus() if "torch" in found else ())]
-
-
-def working_gpus() -> list[str]:
-    """Those of GPUS that torch can use here."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = list(GPUS[: min(count, 2)])
-    return [*found, "hopper"] if found and torch.cuda.get_device_capability() == (9, 0) else found
+    return [*found, *(needs.working_compilers() + needs.working_gpus() if "torch" in found else ())]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -74,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     covered = covered_backends()
     terminalreporter.write_line(f"{EXPECT_VARIABLE} demands: {', '.join(sorted(os.environ.get(EXPECT_VARIABLE, 'nothing').split(',')))}")
     terminalreporter.write_line(f"septet backends covered: {', '.join(covered)}")
-    absent = [name for name in (*FRAMEWORKS, *GPUS) if name not in covered]
+    absent = [name for name in (*FRAMEWORKS, *needs.COMPILERS, *needs.GPUS) if name not in covered]
     terminalreporter.write_line(f"not here, so their tests are skipped: {', '.join(absent) or 'nothing'}")
 
 

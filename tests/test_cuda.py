@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-if not torch.cuda.is_available():
-    pytest.skip(
-        "needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; test_gpu.py tests what can be tested without", allow_module_level=True
-    )
+from needs import needs, skip_module_without  # noqa: E402
+
+skip_module_without("cuda", "test_gpu.py tests what can be tested without")
 
 import tolerances  # noqa: E402
 from layers import int8_layer, split_layer, trellis_layer  # noqa: E402
@@ -40,6 +39,7 @@ SEGMENTED = {
     "8, large blocks": lambda rng: trellis_layer(rng, 8, 1024, 2048, (1024, 512), activation_segment="block"),
     "7, blocks of half a chunk": lambda rng: trellis_layer(rng, 7, 1024, 2048, (128, 256), activation_segment="block"),
     "8, most columns of the smallest layers": lambda rng: trellis_layer(rng, 8, 3840, 4096, (256, 256), activation_segment="block"),
+    "6, two or three units of a warp": lambda rng: trellis_layer(rng, 6, 3072, 3072, (256, 256), activation_segment="block"),
     "7, blocks below a unit": lambda rng: trellis_layer(rng, 7, 64, 96, (32, 64), activation_segment="block"),
 }
 OTHERS = {
@@ -124,6 +124,27 @@ def test_int8_activations_in_segments(name, tokens, rng) -> None:
     # the sums of segments are exact; adding them in another order errs by a rounding each
     bound = 4 * (segments + 4) * tolerances.FLOAT32_UNIT * magnitude(layer, x)
     assert (np.abs(linear(layer, x, "int8").numpy() - wanted(layer, x, "int8")) <= bound).all()
+
+
+@pytest.mark.parametrize("name", SEGMENTED)
+@pytest.mark.parametrize("size", [1e-43, 1e-36, 1e-30, 1e30])
+def test_one_token_of_any_size(name, size, rng) -> None:
+    """Down to blocks whose largest magnitude has no reciprocal."""
+    layer = EVERY[name](rng)
+    x = (rng.standard_normal((1, layer.in_features)) * size).astype(np.float32)
+    x[0, ::3] = 0
+    segments = layer.in_features // layer.input_block
+    bound = 4 * (segments + 4) * tolerances.FLOAT32_UNIT * magnitude(layer, x) + layer.in_features * np.finfo(np.float32).smallest_subnormal
+    assert (np.abs(linear(layer, x, "int8").numpy() - wanted(layer, x, "int8")) <= bound).all()
+
+
+@pytest.mark.parametrize("name", TRELLIS | SEGMENTED)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_token_that_is_no_number(name, value, rng) -> None:
+    layer = EVERY[name](rng)
+    x = rng.standard_normal((1, layer.in_features), np.float32)
+    x[0, 3] = value
+    assert not np.isfinite(linear(layer, x, "int8").numpy()).any()
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -219,9 +240,7 @@ def test_embedding(dtype, rng) -> None:
     assert outside[:2].isnan().all() and not outside[2].isnan().any()
 
 
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus where a machine has them"
-)
+@needs("two-gpus", "all others run on one")
 @pytest.mark.parametrize("name", ["7", "7, blocks", "int8", "split"])
 def test_a_layer_runs_on_the_gpu_that_it_is_on(name, rng) -> None:
     """Though another one is current."""

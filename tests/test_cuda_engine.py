@@ -6,16 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
 pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
-if not torch.cuda.is_available():
-    pytest.skip(
-        "needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; test_gpu_engine.py tests what can be tested without",
-        allow_module_level=True,
-    )
+from needs import needs, skip_module_without  # noqa: E402
+
+skip_module_without("cuda", "test_gpu_engine.py tests what can be tested without")
 
 from packed_models import FAMILIES, packed_model  # noqa: E402
 from septet import generate  # noqa: E402
 from septet.engine.sampling import Sampling  # noqa: E402
-from septet.errors import UnsupportedModelError  # noqa: E402
+from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
 from septet.gpu_engine import GpuEngine  # noqa: E402
 
 PROMPT = [5, 17, 200, 3, 42, 9, 77]
@@ -45,7 +43,7 @@ def single_steps(model: torch.nn.Module, tokens: list[int], positions: range) ->
             engine.kernel.cache.copy_(keys_and_values)
             # the step has to make these itself
             engine.kernel.cache[..., position:, :] = float("nan")
-            engine.kernel.position.fill_(position)
+            engine.kernel.position.move_to(position)
         engine.give(tokens[position])
         rows.append(engine.logits.clone())
     return torch.stack(rows)
@@ -85,9 +83,9 @@ def test_one_launch_has_the_bits_of_a_launch_per_step(family) -> None:
         for stepwise in (False, True, False):
             with torch.inference_mode():
                 kernel.cache.copy_(torch.sin(torch.arange(kernel.cache.numel(), device="cuda")).view_as(kernel.cache))
-                kernel.position.fill_(position)
+                kernel.position.move_to(position)
                 results.append((kernel.run(embedded, stepwise), kernel.cache.clone()))
-            assert int(kernel.position) == position + 1
+            assert int(kernel.position.on_device) == kernel.position.on_host == position + 1
         assert results[0][0].isfinite().all()
         for normalized, cache in results[1:]:
             assert torch.equal(normalized, results[0][0]) and torch.equal(cache, results[0][1])
@@ -102,9 +100,24 @@ def test_text_is_that_of_transformers(sampling) -> None:
         assert list(generate.generate_tokens(engine, PROMPT, sampling)) == wanted
 
 
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus where a machine has them"
-)
+def test_a_full_cache_is_refused_and_the_device_works_on() -> None:
+    model = packed_model("llama").cuda()
+    engine, last = GpuEngine(model, length=len(PROMPT) + 2), len(PROMPT) + 1
+    engine.next_logits(PROMPT)
+    engine.give(5)
+    engine.step()
+    logits = engine.logits.clone()
+    for refused in (engine.step, lambda: engine.give(5), lambda: engine.kernel.run(torch.zeros(1, 1, 512, device="cuda"))):
+        with pytest.raises(OptionError, match=f"cache's {last + 1} places, got token {last + 2}"):
+            refused()
+    assert torch.equal(engine.logits, logits) and int(engine.kernel.position.on_device) == last + 1
+    engine.next_logits(PROMPT)
+    engine.give(5)
+    engine.step()
+    assert torch.equal(engine.logits, logits)
+
+
+@needs("two-gpus", "all others run on one")
 def test_the_second_gpu_writes_the_text_of_the_first() -> None:
     texts = [
         list(generate.generate_tokens(GpuEngine(packed_model("llama").to(device)), PROMPT, Sampling(40))) for device in ("cuda:0", "cuda:1")

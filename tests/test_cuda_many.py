@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip(
-        "needs a Hopper GPU, which SEPTET_EXPECT_BACKENDS demands as hopper; test_gpu.py compiles these kernels without",
-        allow_module_level=True,
-    )
+from needs import skip_module_without  # noqa: E402
+
+skip_module_without("hopper", "test_gpu.py compiles these kernels without")
 
 import fused  # noqa: E402
 import tolerances  # noqa: E402

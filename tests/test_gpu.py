@@ -5,7 +5,6 @@ test_cuda.py runs them on a card.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make te
 
 import fused  # noqa: E402
 from cuda_layout import same_layout  # noqa: E402
+from needs import needs  # noqa: E402
 from septet.codes.tile import tile_bytes  # noqa: E402
 from septet.gpu import compiled, driver, many  # noqa: E402
 from septet.gpu.layout import arrange, units_of  # noqa: E402
@@ -25,8 +25,8 @@ from septet.gpu.shares import shares  # noqa: E402
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("80", "90", "120")
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton (1 GB); make test installs it if it can")
-needs_nvrtc = pytest.mark.skipif(bool(driver.obstacle()), reason="needs NVRTC; make test installs nvidia-cuda-nvrtc if it can")
+needs_triton = needs("triton", "other tests here know the kernels' order and shares")
+needs_nvrtc = needs("nvrtc", "other tests here know the kernels' order and shares")
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [(1, 16), (2, 37)])

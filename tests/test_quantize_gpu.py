@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make te
 
 import checkpoints  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of  # noqa: E402
+from needs import needs  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
 from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file  # noqa: E402
 from septet.errors import CheckpointError, OptionError  # noqa: E402
@@ -157,17 +158,17 @@ def check_kernels(device: str, widths: tuple[int, ...], tiles: int, **variables:
     assert result.stdout.strip() == "equal", result.stderr
 
 
+@needs("triton", "the encoder's definition is tested without")
 def test_kernels_in_the_interpreter_are_exact() -> None:
-    pytest.importorskip("triton", reason="Triton comes with torch for CUDA; torch for processors has none")
     check_kernels("cpu", (7,), 1, TRITON_INTERPRET="1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
+@needs("cuda", "without one the kernels run in Triton's interpreter")
 def test_kernels_on_a_gpu_are_exact() -> None:
     check_kernels("cuda", (6, 7, 8), 150)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
+@needs("cuda", "without one the kernels run in Triton's interpreter")
 def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
     weights = weights_of(576, [576, 192])
     weights[0][5, 7] = 4.0
@@ -176,7 +177,7 @@ def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
         assert np.array_equal(quantize_gpu.dequantize(one, "cuda").cpu().numpy(), dequantize(expected))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (SEPTET_EXPECT_BACKENDS: cuda); the interpreter runs its kernels")
+@needs("cuda", "without one the kernels run in Triton's interpreter")
 def test_a_gpu_with_statistics_loses_what_the_processor_loses() -> None:
     inputs, outputs = 576, [576, 192]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)

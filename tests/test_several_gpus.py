@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make te
 import test_calibration  # noqa: E402
 from cuda_layout import same_layout  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
+from needs import needs, reason  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
 from septet.calibration import Machine  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402
@@ -59,9 +60,7 @@ def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path, monkeypatc
         assert np.array_equal(found[group].inputs, known.inputs) and np.array_equal(found[group].drift, known.drift), group
 
 
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, which SEPTET_EXPECT_BACKENDS demands as two-gpus; above, processors stand in"
-)
+@needs("two-gpus", "above, processors stand in for them")
 def test_two_gpus_write_the_bytes_of_one() -> None:
     inputs, outputs = 576, [2048, 1024]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
@@ -83,15 +82,13 @@ def test_a_list_of_gpus_names_each_once() -> None:
     assert machine_of(0, "cpu").devices == ("cpu",)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU, which SEPTET_EXPECT_BACKENDS demands as cuda; below, its kernels are compiled"
-)
+@needs("cuda", "below, its kernels are compiled without")
 def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
     """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
     from septet.quantize_gpu import clusters, kernels
 
     if not clusters.fits(0):
-        pytest.skip("needs a GPU with clusters, which SEPTET_EXPECT_BACKENDS demands as hopper; below, its kernels are compiled without")
+        pytest.skip(reason("hopper", "this GPU has no clusters; below, the kernels are compiled for those that have"))
     rng, inputs, rows = np.random.default_rng(5), 4 * feedback.BATCH_STEPS * 2 + 10, (1024, 64, 100, 200)
     factor = linear_algebra.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
     others = [linear_algebra.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]
@@ -109,11 +106,9 @@ def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
             assert torch.equal(packed, wanted) and torch.equal(levels, wanted_levels), bits
 
 
+@needs("nvrtc", "the Triton encoder is tested without")
 def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
     from septet.gpu import driver
-
-    if driver.obstacle():
-        pytest.skip("needs NVRTC, which comes with torch for CUDA")
     from septet.quantize_gpu import clusters, steps
 
     for architecture in ("sm_90", "sm_100", "sm_120"):

@@ -2,11 +2,12 @@
 
 The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. torch and
 transformers are always expected, because `make test` installs them, cuda, two-gpus and hopper where torch is built for CUDA and the machine
-has such GPUs, and the packages of OPTIONAL where they are installed.
+has such GPUs, and the packages of OPTIONAL where they are installed. nvrtc comes in packages whose names end in CUDA's version, or not.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 from pathlib import Path
@@ -59,8 +60,9 @@ def gpu_backends() -> list[str]:
 
 
 def optional_backends() -> list[str]:
-    """Those of OPTIONAL that are installed."""
-    return [name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)]
+    """Those of OPTIONAL that are installed, and NVRTC."""
+    has_nvrtc = any((found.name or "").startswith("nvidia-cuda-nvrtc") for found in importlib.metadata.distributions())
+    return [*(name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)), *(["nvrtc"] if has_nvrtc else [])]
 
 
 if __name__ == "__main__":

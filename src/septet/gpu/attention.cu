@@ -193,8 +193,8 @@ struct Item {
           end((long long)length * (split + 1) / splits) {}
 };
 
-// What the step before has written bears `tag`.
-__device__ __forceinline__ void attention_step(const Token& t, int index, u32 tag) {
+// What the step before has written bears `tag`. Returns whether this warp had outputs to finish, after the others went on.
+__device__ __forceinline__ bool attention_step(const Token& t, int index, u32 tag) {
     const Step& s = step_at(index);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     AttentionMemory& m = *(AttentionMemory*)work_memory();
@@ -202,7 +202,7 @@ __device__ __forceinline__ void attention_step(const Token& t, int index, u32 ta
     // behind the cache is somebody else's memory
     if (position < 0 || position >= t.length) __trap();
     const int splits = max(1, min((int)gridDim.x / parts, (length + kRound - 1) / kRound));
-    const int chunk = first_group(s.groups, blockIdx.x) + WARPS - 1 - warp, last_chunk = first_group(s.groups, blockIdx.x + 1) - 1;
+    const int chunk = first_of_warp(s.groups, warp), last_chunk = first_group(s.groups, blockIdx.x + 1) - 1;
     for (int i = blockIdx.x; i < parts * splits; i += gridDim.x) {
         const Item item(i, splits, length);
         const int kv = item.part / kParts, p = item.begin + warp * kAtOnce + sub;
@@ -219,4 +219,5 @@ __device__ __forceinline__ void attention_step(const Token& t, int index, u32 ta
     if ((int)blockIdx.x >= parts * splits) __syncthreads();
     #pragma unroll 1
     for (int i = chunk; i <= last_chunk; i += WARPS) merge_parts(t, s, tag + 1, i, splits, lane);
+    return chunk <= last_chunk;
 }

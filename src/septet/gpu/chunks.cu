@@ -67,6 +67,8 @@ struct ChunkInputs {
             k[i] = memory.first * 64 + i * kChunk + threadIdx.x;
             if (k[i] >= l.inputs) k[i] -= l.inputs;
             scale[i] = i < count ? l.input_scale[k[i]] : (u16)0;
+            // known now, not where it is used
+            asm volatile("" : "+r"(k[i]));
         }
     }
 
@@ -96,9 +98,18 @@ struct ChunkInputs {
                 if (!(i & h)) add_and_subtract(v[i], v[i + h]);
         #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = __fmul_rn(v[i], l.input_normal);
-        const Rounding rounding(largest_of_chunk(v, kChunk), true);
+        u32 top = 0;
         #pragma unroll
-        for (int i = 0; i < 8; i++) memory.values[warp * kChunk + i * 32 + lane] = rounding.int8(v[i]);
+        for (int i = 0; i < 8; i++) top = max(top, magnitude(v[i]));
+        const Rounding rounding(largest_of_warp(top), true);
+        i8* const to = memory.values + warp * kChunk + lane;
+        if (rounding.finite && __float_as_uint(rounding.factor) < kInfinity) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) to[i * 32] = (i8)integer(v[i], rounding.factor);
+        } else {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) to[i * 32] = rounding.int8(v[i]);
+        }
         if (lane == 0) memory.scales[warp] = rounding.scale;
     }
 };

@@ -89,12 +89,6 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
-
-// The share of a block that a warp takes: those of the warps on one of a multiprocessor's four schedulers lie side by side, so that no
-// scheduler has more than one unit more than another.
-__device__ __forceinline__ int worker_of(int warp) { return warp % 4 * (WARPS / 4) + warp / 4; }
-
 // The scales that a block will need: nobody has read them yet.
 __device__ __forceinline__ void prefetch_scales(const LayerArguments& l, const Share& share) {
     #pragma unroll 1
@@ -141,10 +135,10 @@ struct alignas(16) Four {
     Sum x, y, z, w;
 };
 
-// A unit's operands of the tensor cores; units that fit into the gaps of the table with one place; what comes behind it.
-constexpr int kOperandBytes = 64 * 64, kGaps = ENTRIES / 32;
+// Units whose operands fit into the gaps of the table with one place; what comes behind it.
+constexpr int kGaps = 8;
 constexpr int kMostChunks = 3;   // of inputs, with ALL
-constexpr u32 kOperandsAt = kTableAt + ENTRIES * 256;
+constexpr u32 kOperandsAt = kTableAt + (1 << 16);
 
 // Of one output of a unit of the block, with ALL: where the table was, of which nothing is needed then.
 __device__ __forceinline__ u32 unit_sums(int unit, int output) { return kTableAt + (2 * unit + output / 32) * 256 + output % 32 * 4; }

@@ -53,8 +53,10 @@ _TABLE_AT = 64 << 10
 INPUT_BYTES = 63 << 10
 #: Warps of a block, one of which fills a multiprocessor: 128 registers a thread.
 WARPS = 16
-#: The same of token.cu, with 168 registers: with 128, what it prefetches would go through memory.
+#: The same of token.cu, with 168 registers: a warp keeps a decoded unit there while it waits.
 TOKEN_WARPS = 12
+#: Bytes of a decoded unit. So many lie in the gaps of the table with one place, the others behind the tables; those of token.cu all behind.
+_UNIT_BYTES, _GAPS, _TOKEN_STORED = 4 << 10, 8, 8
 #: The same of `product` for so many tokens at most, with 128, 168 and 255 registers.
 _PRODUCT_WARPS = {8: WARPS, 16: 12, 32: 8}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -81,7 +83,7 @@ class LayerKind(NamedTuple):
         places: as in decode.cu, if the device has the shared memory.
         table_at: where tables begin in shared memory.
         stored: units of a warp that are decoded into it before inputs are waited for; if any, one more is in registers.
-        decodes_all: these are all units of a warp, of one token. Its table has 128 entries, and other inputs than the block's no room.
+        decodes_all: these and a second one in registers are all units of a warp, of one token; other inputs than the block's have no room.
     """
 
     warps: int
@@ -94,15 +96,13 @@ class LayerKind(NamedTuple):
     @property
     def units(self) -> int:
         """Units of a block that are decoded before inputs are waited for."""
-        return self.warps * (self.stored + (self.stored > 0))
+        return self.warps * (self.stored + (self.stored > 0) + self.decodes_all)
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory of a block, with `places` tables, but for the first KiB, which is not the block's."""
-        entries = 128 if self.decodes_all else 256
-        # 4 KiB of operands for each unit, the first of which lie in the gaps of the table with one place
-        behind = 4096 * max(0, self.stored * self.warps - entries // 32)
-        return self.table_at + 256 * entries * max(1, self.places // 2) + behind - 1024
+        behind = _UNIT_BYTES * max(0, self.stored * self.warps - _GAPS)
+        return self.table_at + _TABLE_BYTES * max(1, self.places // 2) + behind - 1024
 
     @property
     def room(self) -> int:
@@ -112,7 +112,7 @@ class LayerKind(NamedTuple):
 
 LARGE = LayerKind(WARPS, 1, 4, _TABLE_AT, 0)
 SMALL = LayerKind(8, 2, 1, 16 << 10, 2)
-SMALLEST = LayerKind(8, 2, 1, 2 << 10, 3, decodes_all=True)
+SMALLEST = LayerKind(8, 2, 1, 2 << 10, 2, decodes_all=True)
 _PARAMETERS = {
     "product": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _I),
     "levels": (_P, _P, _I, _I, _I, _I, _I),
@@ -150,7 +150,7 @@ def trellis_source(*files: str, bits: int, is_float: bool = False, tokens: int =
     """decode.cu for a width, kind of activations and number of tokens, and the files that build on it; `more` macros may replace others."""
     macros = {"MULTIPLIER": f"{WIDTHS[bits].multiplier}u", "LEVELS": ",".join(map(str, LEVEL_TABLE)), "DTYPE": dtype}
     macros |= {"BITS": bits, "FLOAT": int(is_float), "TILES_OF_8": tokens // 8, "WARPS": product_warps(tokens), "PLACES": places}
-    macros |= {"TABLE_AT": _TABLE_AT, "ENTRIES": 256}
+    macros |= {"TABLE_AT": _TABLE_AT}
     return source_of("launch.cu", "decode.cu", *files, **(macros | more))
 
 
@@ -197,7 +197,7 @@ def product_kernel(device: int, bits: int, is_float: bool, tokens: int) -> Kerne
 def layer_source(bits: int, dtype: torch.dtype, kind: LayerKind, segmented: bool) -> str:
     """layer.cu in one of its kinds, with places that the device has shared memory for."""
     macros = {"WARPS": kind.warps, "BLOCKS": kind.blocks, "TABLE_AT": kind.table_at, "STORED": kind.stored}
-    macros |= {"SEGMENTED": int(segmented), "ALL": int(kind.decodes_all), "ENTRIES": 128 if kind.decodes_all else 256}
+    macros |= {"SEGMENTED": int(segmented), "ALL": int(kind.decodes_all)}
     files = "values.cu", "columns.cu", "chunks.cu", "operands.cu", "layer.cu"
     return trellis_source(*files, bits=bits, places=kind.places, dtype=DTYPES[dtype], **macros)
 
@@ -221,7 +221,7 @@ def token_source(bits: int, dtype: torch.dtype, head: int, queries: int, places:
         places: as in decode.cu.
     """
     files = "values.cu", "steps.cu", "sums.cu", "attention.cu", "token.cu"
-    macros = {"places": places, "dtype": DTYPES[dtype], "HEAD": head, "QUERIES": queries, "WARPS": TOKEN_WARPS}
+    macros = {"places": places, "dtype": DTYPES[dtype], "HEAD": head, "QUERIES": queries, "WARPS": TOKEN_WARPS, "STORED": _TOKEN_STORED}
     return trellis_source(*files, bits=bits, **macros)
 
 
@@ -234,7 +234,7 @@ def _token_image(device: int, bits: int, dtype: torch.dtype, head: int, queries:
 def token_kernel(device: int, name: str, types: tuple[type, ...], variant: tuple[int, torch.dtype, int, int]) -> Kernel:
     """A kernel of token.cu; `variant` is what `token_source` needs but for the places."""
     whole = name == "decode_token"
-    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2 if whole else 0
+    shared = _TABLE_AT + _TABLE_BYTES * _places(device) // 2 + _UNIT_BYTES * _TOKEN_STORED if whole else 0
     order = "cooperative" if whole else "plain"
     return load_kernel(_token_image(device, *variant), name, types, 32 * TOKEN_WARPS, shared, order)
 

@@ -8,8 +8,7 @@
 //
 // Where shared memory is too small for four tables (PLACES 2 or 1), two pairs or all four are joined after all.
 //
-// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2|4, WARPS, PLACES 1|2|4, TABLE_AT,
-// ENTRIES 256, or with one place 128.
+// Macros: BITS 6..8, MULTIPLIER, LEVELS (128 numbers), FLOAT 0|1, TILES_OF_8 tokens 1|2|4, WARPS, PLACES 1|2|4, TABLE_AT.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -32,14 +31,29 @@ __device__ __forceinline__ u16 half_of(float value) {
 }
 
 // Words are [place / 2][index byte][place % 2][lane]; with one place those of the second are left out. The unused top bit of an index byte
-// is looked up like the rest: entries 128 .. 255 repeat 0 .. 127. With 128 entries it is cut off.
+// is looked up like the rest: entries 128 .. 255 repeat 0 .. 127.
 __device__ __forceinline__ void fill_table() {
+    if (kPlaces == 1) {
+        // a known number of turns: all levels are on their way at once
+        constexpr int threads = 32 * WARPS;
+        #pragma unroll
+        for (int turn = 0; turn < (128 * 8 + threads - 1) / threads; turn++) {
+            const int i = turn * threads + threadIdx.x, level = kLevels[i >> 3 & 127];
+            u32 word;
+            // or the compiler would load the level for each of four words
+            asm volatile("prmt.b32 %0, %1, 0, 0x4440;" : "=r"(word) : "r"(level));
+            #pragma unroll
+            for (int copy = 0; copy < 2; copy++)
+                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};"
+                    :: "r"(kTableAt + (i >> 3 & 127) * 256 + (i & 7) * 16 + copy * (1 << 15)), "r"(word) : "memory");
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < 128 * 16; i += blockDim.x) {
         const int level = kLevels[i >> 4];
-        if (kPlaces == 1 && i & 8) continue;
         const u32 word = (FLOAT ? (u32)half_of((float)level) : (u32)level & 0xFF) << (i >> 3 & 1) * (FLOAT ? 16 : 8);
         #pragma unroll
-        for (int copy = 0; copy < (kPlaces == 4 ? 4 : ENTRIES / 128); copy++)
+        for (int copy = 0; copy < (kPlaces == 4 ? 4 : 2); copy++)
             asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(kTableAt + 16 * i + copy * (1 << 15)),
                 "r"(word << copy / 2 * 16) : "memory");
     }
@@ -69,6 +83,12 @@ __device__ __forceinline__ void load_unit(u32 (&w)[kWords], const u32* fours, co
         w[kWords - 2] = two.x; w[kWords - 1] = two.y;
     }
 }
+
+__device__ __forceinline__ void bring_closer(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+
+// The share of a block that a warp takes: those of the warps on one of a multiprocessor's four schedulers lie side by side, so that no
+// scheduler has more than one unit more than another.
+__device__ __forceinline__ int worker_of(int warp) { return warp % 4 * (WARPS / 4) + warp / 4; }
 
 // Bits `offset` .. `offset` + 31 of a stream of words; zeros instead of the upper ones that nobody asks for.
 __device__ __forceinline__ u32 bits_from(const u32* a, int offset) {
@@ -115,7 +135,7 @@ struct Lookup {
     // Levels of pair `p` of a stream at two places, the first of which is `place`.
     __device__ __forceinline__ void pair(const u32* a, int p, int place, u32& first, u32& second) const {
         // bytes 2 and 3 of the product are the indices; an entry of the table is 256 bytes, a lane's word in it at 4 * lane
-        const u32 h = window_product(a, p) & (ENTRIES == 128 ? 0x7F7F0000 : ~0u), at = place ? 0x7624 : 0x7524;
+        const u32 h = window_product(a, p), at = place ? 0x7624 : 0x7524;
         first = table_word(__byte_perm(h, parts, at) + kTableAt % 65536);
         second = table_word(__byte_perm(h, parts, at + 0x10) + kTableAt % 65536 + (kPlaces == 1 ? 0 : 128));
     }
@@ -137,13 +157,18 @@ struct Lookup {
     }
 };
 
-// The streams of two neighbouring tiles, each 16*BITS bits and the beginning of the next lane's, which in lane 28+t is lane t's: a tile
-// bites its tail.
-__device__ __forceinline__ void chunks(const u32* w, int lane, u32 (&a)[5], u32 (&b)[5]) {
-    constexpr int whole = BITS / 2, second = BITS == 7 ? 4 : whole;
+constexpr int kTileWords = BITS / 2, kSecondTile = BITS == 7 ? 4 : kTileWords;   // whole words of a tile; where those of the second are
+
+// The beginnings of the next lane's streams, which in lane 28+t is lane t's: a tile bites its tail.
+__device__ __forceinline__ u32 beginnings(const u32* w, int lane) {
+    return __shfl_sync(~0u, __byte_perm(w[0], w[kSecondTile], 0x5410), (lane + 4) & 31);
+}
+
+// The streams of two neighbouring tiles, each 16*BITS bits and the beginning of the next lane's.
+__device__ __forceinline__ void chunks(const u32* w, u32 next, u32 (&a)[5], u32 (&b)[5]) {
+    constexpr int whole = kTileWords;
     #pragma unroll
-    for (int i = 0; i < whole; i++) { a[i] = w[i]; b[i] = w[second + i]; }
-    const u32 next = __shfl_sync(~0u, __byte_perm(a[0], b[0], 0x5410), (lane + 4) & 31);
+    for (int i = 0; i < whole; i++) { a[i] = w[i]; b[i] = w[kSecondTile + i]; }
     a[whole] = BITS == 7 ? __byte_perm(w[3], next, 0x5410) : next;
     b[whole] = BITS == 7 ? __byte_perm(w[3], next, 0x7632) : next >> 16;
 }
@@ -204,7 +229,7 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords]
     #pragma unroll
     for (int q = 0; q < 2; q++) {
         u32 a[5], b[5];
-        chunks(w + BITS * q, lane, a, b);
+        chunks(w + BITS * q, beginnings(w + BITS * q, lane), a, b);
         #pragma unroll
         for (int j = 0; j < 4; j++) {
 #if FLOAT
@@ -230,6 +255,57 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const u32 (&w)[kWords]
         }
     }
 }
+
+#if !FLOAT
+// The tensor cores' operands of a unit.
+typedef u32 Operands[2][4][4];
+constexpr int kOperandBytes = 64 * 64;
+
+// With `next`, the `beginnings` of both halves of the unit.
+__device__ __forceinline__ void decode_unit(Operands& e, const u32 (&w)[kWords], const u32 (&next)[2], const Lookup& lookup) {
+    #pragma unroll
+    for (int q = 0; q < 2; q++) {
+        u32 a[5], b[5];
+        chunks(w + BITS * q, next[q], a, b);
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) e[q][j][i] = lookup.four(i / 2 ? b : a, 2 * j + i % 2);
+    }
+}
+
+__device__ __forceinline__ void decode_unit(Operands& e, const u32 (&w)[kWords], const Lookup& lookup, int lane) {
+    const u32 next[2] = {beginnings(w, lane), beginnings(w + BITS, lane)};
+    decode_unit(e, w, next, lookup);
+}
+
+__device__ __forceinline__ void multiply_operands(Sums& sums, const Operands& e, const uint4& x) {
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        multiply(sums.of[0][j], e[0][j][0], e[0][j][1], e[0][j][2], e[0][j][3], x.x, x.y);
+        multiply(sums.of[0][j], e[1][j][0], e[1][j][1], e[1][j][2], e[1][j][3], x.z, x.w);
+    }
+}
+
+// Operands of a lane in shared memory, four words at a time, which are `stride` bytes apart.
+__device__ __forceinline__ void put_operands(u32 at, u32 stride, const Operands& e) {
+    #pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const u32 (&four)[4] = e[n / 4][n % 4];
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+            :: "r"(at + n * stride), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3]) : "memory");
+    }
+}
+
+__device__ __forceinline__ void get_operands(u32 at, u32 stride, Operands& e) {
+    #pragma unroll
+    for (int n = 0; n < 8; n++) {
+        u32 (&four)[4] = e[n / 4][n % 4];
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3]) : "r"(at + n * stride) : "memory");
+    }
+}
+#endif
 
 // Sums of a segment of inputs, times its scale, onto the sums of the row.
 __device__ __forceinline__ void scale_segment(float (&total)[TILES_OF_8][4][4], Sums& sums, const float* scales, int segment,

@@ -34,9 +34,6 @@ __device__ __forceinline__ void rotate_group(float (&v)[4][8], int block, float 
     for (int i = 0; i < 32; i++) v[i / 8][i % 8] = __fmul_rn(v[i / 8][i % 8], normal);
 }
 
-// Between two powers of two the lower bytes of a float are an integer, rounded to nearest even.
-__device__ __forceinline__ u32 integer(float v, float factor) { return __float_as_uint(__fadd_rn(__fmul_rn(v, factor), 12582912.f)); }
-
 // The bytes `which` of four words.
 __device__ __forceinline__ u32 bytes_of(const u32* q, int which) {
     const u32 pair = which * 0x11 + 0x40;
@@ -144,7 +141,7 @@ token_inputs(const Value* __restrict__ x, const u16* __restrict__ input_scale, v
             }
         }
         if (pass) break;
-        top = __reduce_max_sync(~0u, top);
+        top = largest_of_warp(top);
         if (lane == 0) tops[warp] = top;
         __syncthreads();
         for (int i = 0; i < kInputWarps; i++) top = max(top, tops[i]);

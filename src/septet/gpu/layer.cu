@@ -9,7 +9,7 @@
 //
 // Nothing but the inputs comes from the launch before, so a block begins with everything else while that one ends: tables, weights, and
 // decoding STORED units of each warp, and if any, one more. Where BLOCKS is 2, a multiprocessor has room for a block of that launch and
-// one of this. With ALL, no warp has more units, and there is one token: see `Memory`.
+// one of this. With ALL, it is two more, no warp has more units, and there is one token: see `Memory`.
 //
 // Macros: SEGMENTED 0|1: a scale for 2^segment_shift units instead of one per token; STORED 0..3 (with PLACES 1); BLOCKS 1|2; ALL 0|1.
 
@@ -65,6 +65,19 @@ __device__ __forceinline__ void put(u32* p, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
 }
 
+// In pairs: a warp alone waits for each addition.
+template <int kCount>
+__device__ __forceinline__ Sum sum_of_all(const u32 (&words)[kCount]) {
+    Sum sums[kCount];
+    #pragma unroll
+    for (int i = 0; i < kCount; i++) sums[i] = sum_of(words[i]);
+    #pragma unroll
+    for (int h = 1; h < kCount; h *= 2)
+        #pragma unroll
+        for (int i = 0; i + h < kCount; i += 2 * h) sums[i] = add_sums(sums[i], sums[i + h]);
+    return sums[0];
+}
+
 // The sum of a word of each of `count` slots in order, as soon as they are there.
 __device__ __forceinline__ Sum add_slots(const u32* slot, int count, int stride) {
     int patience = 1 << 23;   // what never comes must not hang the device
@@ -73,15 +86,15 @@ __device__ __forceinline__ Sum add_slots(const u32* slot, int count, int stride)
     for (; count > 0; count -= kSlots, slot += kSlots * stride) {
         u32 words[kSlots];
         for (bool missing = true; missing;) {
-            missing = false;
             #pragma unroll
             for (int i = 0; i < kSlots; i++) words[i] = i < count ? word_at(slot + i * stride) : 0;
+            int least = words[0];
             #pragma unroll
-            for (int i = 0; i < kSlots; i++) missing |= words[i] == kEmpty;
+            for (int i = 1; i < kSlots; i++) least = min(least, (int)words[i]);
+            missing = (u32)least == kEmpty;
             if (--patience == 0) __trap();
         }
-        #pragma unroll
-        for (int i = 0; i < kSlots; i++) sum = add_sums(sum, sum_of(words[i]));
+        sum = add_sums(sum, sum_of_all(words));
     }
     return sum;
 }
@@ -100,8 +113,13 @@ __device__ __forceinline__ void empty_slots(u32* slot, int count, int stride) {
 struct Ending {
     int thread, row, o, blocks, index, length, first;
     u32* slot;
-    bool mine, ends, inside;
-    float scale;
+    int mine, ends, inside;
+    u32 scale;   // float16: nothing waits for it before it is needed
+
+    // Known now, not where it is used and everybody waits for it.
+    __device__ __forceinline__ void pin() {
+        asm volatile("" : "+r"(o), "+r"(blocks), "+r"(length), "+r"(first), "+l"(slot), "+r"(mine), "+r"(ends), "+r"(inside));
+    }
 
     __device__ __forceinline__ Ending(const LayerArguments& l, const Share& share, const Memory& memory, int piece_index)
         : thread(threadIdx.x % kChunk), row(thread / 64), index(piece_index) {
@@ -110,7 +128,7 @@ struct Ending {
         ends = piece.k + piece.length == l.units;
         inside = ends && o < l.outputs;
         mine = row < piece.rows;
-        scale = of_half(inside ? l.output_scale[o] : (u16)0);
+        scale = inside ? l.output_scale[o] : 0;
         length = piece.length;
         first = piece.before + row * length;
         int first_block = blockIdx.x;
@@ -121,12 +139,12 @@ struct Ending {
 
     // With room in shared memory an ending is found out before the inputs are there, and waits: slot, blocks and what is true, output, scale.
     __device__ __forceinline__ uint4 packed(const LayerArguments& l) const {
-        return make_uint4(slot - l.slots, blocks << 3 | mine << 2 | ends << 1 | (u32)inside, o, __float_as_uint(scale));
+        return make_uint4(slot - l.slots, blocks << 3 | mine << 2 | ends << 1 | (u32)inside, o, scale);
     }
 
     __device__ __forceinline__ Ending(const LayerArguments& l, const uint4& packed, int piece_index)
         : thread(threadIdx.x % kChunk), row(thread / 64), o(packed.z), blocks(packed.y >> 3), index(piece_index), length(0), first(0),
-          slot(l.slots + packed.x), mine(packed.y >> 2 & 1), ends(packed.y >> 1 & 1), inside(packed.y & 1), scale(__uint_as_float(packed.w)) {}
+          slot(l.slots + packed.x), mine(packed.y >> 2 & 1), ends(packed.y >> 1 & 1), inside(packed.y & 1), scale(packed.w) {}
 
     __device__ __forceinline__ static int stride(const LayerArguments& l) { return ALL ? kChunk : l.tokens * kChunk; }
 
@@ -139,8 +157,7 @@ struct Ending {
             u32 words[8];
             #pragma unroll
             for (int i = 0; i < 8; i++) words[i] = i < left ? table_word(unit_sums(unit, thread % 64) + i * 512) : 0;
-            #pragma unroll
-            for (int i = 0; i < 8; i++) own = add_sums(own, sum_of(words[i]));
+            own = add_sums(own, sum_of_all(words));
         }
 #else
         const Meeting meeting = memory.meetings[index * kGroupRows + row];
@@ -157,8 +174,34 @@ struct Ending {
         return own;
     }
 
+    // The same for blocks of a whole chunk with one barrier: what a thread needs of the last three butterflies it computes itself.
+    __device__ __forceinline__ float rotated_whole(float v, const LayerArguments& l, const Memory& memory, int& turn) const {
+        #pragma unroll
+        for (int h = 1; h < 32; h *= 2) v = butterfly(v, __shfl_xor_sync(~0u, v, h), thread & h);
+        float* const buffer = memory.exchange + (threadIdx.x / kChunk * 2 + turn) * kChunk;
+        turn ^= 1;
+        buffer[thread] = v;
+        asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / kChunk) : "memory");
+        float part[8];
+        #pragma unroll
+        for (int i = 0; i < 8; i++) part[i] = buffer[i * 32 + thread % 32];
+        #pragma unroll
+        for (int h = 1; h < 8; h *= 2)
+            #pragma unroll
+            for (int i = 0; i < 8; i += 2 * h) part[i] = butterfly(part[i + h], part[i], thread & 32 * h);
+        return __fmul_rn(part[0], l.output_normal);
+    }
+
+    // All slots of the group, one token, behind the barrier of `rotated_whole`: nobody reads them any more.
+    __device__ __forceinline__ void empty_together() const {
+        uint4* const first_slot = (uint4*)(slot - thread);
+        #pragma unroll 1
+        for (int i = thread; i < blocks * (kChunk / 4); i += kChunk) first_slot[i] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+    }
+
     __device__ __forceinline__ float rotated(float v, const LayerArguments& l, const Memory& memory, int& turn) const {
-        #pragma unroll (ALL ? 8 : 1)
+        if (ALL && l.output_block == kChunk) return rotated_whole(v, l, memory, turn);
+        #pragma unroll 1
         for (int h = 1; h < kChunk; h *= 2) {
             if (h >= l.output_block) break;
             float other;
@@ -179,7 +222,7 @@ struct Ending {
 
     __device__ __forceinline__ void end(const LayerArguments& l, const Memory& memory, int& turn) const {
         #pragma unroll 1
-        for (int token = 0; token < l.tokens; token++) {
+        for (int token = 0; token < (ALL ? 1 : l.tokens); token++) {
             const Sum own = own_sum(l, memory, token);
             u32* at = slot + token * kChunk;
             if (!ends) {
@@ -191,8 +234,9 @@ struct Ending {
             const float v = SEGMENTED ? (float)sum : __fmul_rn(memory.scales[token], (float)sum);
             __syncwarp();
             const float y = rotated(v, l, memory, turn);
-            if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(y, scale));
-            empty_slots(at, count, stride(l));
+            if (inside) l.y[(size_t)token * l.outputs + o] = write(__fmul_rn(y, of_half((u16)scale)));
+            if (ALL && l.output_block == kChunk) empty_together();
+            else empty_slots(at, count, stride(l));
         }
     }
 };
@@ -262,6 +306,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
 #if ALL
     // while the first weights come
     Ending ending(l, share, memory, p);
+    ending.pin();
     const ChunkInputs chunk_inputs(l, memory, share);
 #else
     if (warp == WARPS - 1)
@@ -269,9 +314,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
 #endif
     fill_table();
     __syncthreads();
-    Operands ahead;
+    Operands ahead, held;
     u32 places = 0;
-    if (STORED) places = decode_first(l, share, walk, left, w, ahead, lookup, memory, lane);
+    if (STORED) places = decode_first(l, share, walk, left, w, ahead, held, lookup, memory, lane);
 #if KEEP
     if (p >= 0) memory.kept[threadIdx.x] = Ending(l, share, memory, p).packed(l);
 #endif
@@ -291,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) layer(const __g
         prepare_inputs(memory, l, share.k, min(share.count, l.units), segments);
     __syncthreads();
 #if ALL
-    if (left) multiply_all(l, begin, left, places, ahead, memory, lane);
+    if (left) multiply_all(l, begin, left, places, ahead, held, memory, lane);
 #else
     multiply_units(l, share, walk, left, w, ahead, lookup, memory, lane);
 #endif

@@ -23,6 +23,9 @@ __all__ = ["GPU_VARIABLE", "Layer", "dequantize", "embedding", "linear", "prepar
 GPU_VARIABLE = "SEPTET_GPU"
 #: Up to here tokens go through `launches.product`, with int8 and with float activations; measured on an H100.
 FEW_TOKENS, FEW_FLOAT_TOKENS = 64, 48
+#: With no more inputs `many` has so few steps that it wins from fewer int8 tokens on; with as few outputs, from the second launch of a
+#: product on. Measured on an H100.
+_SHORT, _FEW_SHORT_TOKENS, _FEW_SMALL_TOKENS = 4096, 40, launches.MOST_TOKENS
 #: Tokens of a launch, whose blocks along y they are: at most 65535 of them, and a power of two keeps parts of a tensor aligned.
 _LAUNCH_TOKENS = 1 << 15
 #: Levels of many tokens' products are decoded in pieces of at most so many bytes.
@@ -128,13 +131,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, layer: Layer, activations: str
     if len(x) > _LAUNCH_TOKENS:
         return torch.cat([linear(part, weight, layer, activations) for part in x.split(_LAUNCH_TOKENS)])
     is_float = activations == "float"
-    if len(x) > (FEW_FLOAT_TOKENS if is_float else FEW_TOKENS):
-        if many.takes(layer, x, activations):
-            return many.linear(x, layer, activations)
-        return _many_tokens(x, layer, activations)
+    # so few never go there, whatever the layer
+    takes_many = len(x) > launches.MOST_TOKENS and many.takes(layer, x, activations)
+    if len(x) > _few_tokens_of(layer, is_float, takes_many):
+        return many.linear(x, layer, activations) if takes_many else _many_tokens(x, layer, activations)
     most = launches.MOST_FLOAT_TOKENS if is_float else launches.MOST_TOKENS
     parts = [_few_tokens(part, layer, activations) for part in x.split(most)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _few_tokens_of(layer: Layer, is_float: bool, takes_many: bool) -> int:
+    """How many tokens `_few_tokens` gets at most."""
+    if is_float or not takes_many or layer.inputs > _SHORT:
+        return FEW_FLOAT_TOKENS if is_float else FEW_TOKENS
+    return _FEW_SMALL_TOKENS if layer.outputs <= _SHORT else _FEW_SHORT_TOKENS
 
 
 def _few_tokens(x: torch.Tensor, layer: Layer, activations: str) -> torch.Tensor:

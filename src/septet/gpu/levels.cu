@@ -37,9 +37,11 @@ levels(const u32* __restrict__ weights, uint4* __restrict__ to, int rows, int un
     const Lookup lookup = {address_parts(lane), one};
     for (; at < all; at += workers) {
         u32 a[5], b[5], c[5], d[5];
+        // before the next are asked for: the compiler lets the first use of a loop's weights wait for all that are under way
+        const u32 begun[2] = {beginnings(w, lane), beginnings(w + BITS, lane)};
         if (at + workers < all) load(next, at + workers);
-        chunks(w, lane, a, b);
-        chunks(w + BITS, lane, c, d);
+        chunks(w, begun[0], a, b);
+        chunks(w + BITS, begun[1], c, d);
 #if FOR_DENSE
         constexpr size_t pitch = 32;
         const int row = at / count, unit = at % count;

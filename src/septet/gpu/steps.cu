@@ -90,12 +90,13 @@ __device__ __forceinline__ float await_number(const u64* p, u32 tag) {
     return __uint_as_float((u32)word);
 }
 
-// Eight floats for each of up to `kAtATime` places at once, in order; `use` gets them. `at` tells where place i is.
+// Eight floats for each of up to `kAtATime` places at once, in order; `use` gets them. `at` tells where place i is. What may stay without a
+// value begins with one, here and elsewhere: otherwise it would keep its registers from one step to the next.
 template <int kAtATime, class At, class Use>
 __device__ __forceinline__ void await_eights(int from, int to, u32 tag, At at, Use use) {
     Patience patience;
     for (int first = from; first <= to; first += kAtATime) {
-        Two two[kAtATime][4];
+        Two two[kAtATime][4] = {};
         for (bool missing = true; missing; patience.again()) {
             missing = false;
             #pragma unroll

@@ -1,8 +1,8 @@
 // One token through all layers of a decoder in one launch. Follows attention.cu.
 //
 // Blocks of threads fill the device, one for each multiprocessor, and go through the same steps; each begins as soon as what it reads is
-// there. The level tables stay in shared memory, and the first weights of a step are on their way while the one before still ends. All
-// blocks must run at the same time, so the launch is a cooperative one.
+// there. The level tables stay in shared memory, and the first weights of a step are fetched and decoded while the one before still ends.
+// All blocks must run at the same time, so the launch is a cooperative one.
 
 // The beginning: an embedded token becomes the residual stream. One warp for each 256 numbers.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
@@ -27,12 +27,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) decode_token(const _
     fill_table();
     wait_for_inputs();
     __syncthreads();
+    bool late = false;   // whether this warp comes to a step after the others
     #pragma unroll 1
     for (int i = t.first; i < t.last; i++) {
         if (i + 1 < t.last)
             for (int j = threadIdx.x; j < kStepWords; j += 32 * WARPS) ((u32*)&step_at(i + 1))[j] = ((const u32*)(t.steps + i + 1))[j];
-        if (step_at(i).kind == kAttention) attention_step(t, i, tag + i);
-        else product_step(t, i, tag + i);
+        late = step_at(i).kind == kAttention ? attention_step(t, i, tag + i) : product_step(t, i, tag + i, late);
     }
 }
 

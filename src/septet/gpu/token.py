@@ -16,21 +16,18 @@ from septet.errors import UnsupportedModelError
 from septet.gpu import compiled
 from septet.gpu.layers import Layer
 from septet.gpu.layout import UNIT_INPUTS, units_of
+from septet.gpu.position import Position
+from septet.gpu.shares import CHUNK, GROUP_ROWS
 
 __all__ = ["Block", "Sizes", "TokenKernel", "check_blocks", "shared_bytes"]
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ATTENTION, _PLAIN, _RESIDUAL, _GATED = range(4)
-#: Outputs that one warp finishes.
-_CHUNK = 256
-_GROUP_ROWS = 4
 _HEADS = (32, 64, 128)
 #: Query heads that share a block of threads.
 _QUERIES = 4
 #: Inputs of a product that fit into shared memory beside sums, where there are many blocks of threads.
 _MOST_INPUTS = 49152
-#: Sums of a row of tiles.
-_ROW_BYTES = 64 * 4
 _HINT = "run this model through transformers"
 
 
@@ -122,7 +119,7 @@ def check_blocks(blocks: list[Block], sizes: Sizes) -> None:
         (len({layer.bits for layer in layers}) == 1, "its layers must have one width", "several"),
         (all(layer.input_block in (64, 128, 256) for layer in layers), "its input blocks must be 64, 128 or 256", "others"),
         (all(layer.segment == layer.input_block for layer in layers), "it must have an activation scale per block", "one per token"),
-        (all(layer.output_block <= _CHUNK for layer in layers), "its output blocks must be at most 256", "larger ones"),
+        (all(layer.output_block <= CHUNK for layer in layers), "its output blocks must be at most 256", "larger ones"),
         (all(layer.inputs <= _MOST_INPUTS for layer in layers), f"its layers must have at most {_MOST_INPUTS} inputs", "more"),
         (all(layer.outputs % 8 == 0 for layer in layers), "its outputs must come in multiples of 8", "others"),
         (sizes.head in _HEADS, f"its heads must have {_HEADS} numbers", sizes.head),
@@ -144,8 +141,8 @@ def shared_bytes(units: int, rows: int, grid: int) -> int:
     all_units = units * rows
     most = -(-all_units // min(grid, all_units))
     touched = (most + units - 2) // units + 1
-    steps = -(-3 * ctypes.sizeof(_Step) // 16) * 16
-    return steps + units * UNIT_INPUTS + -(-units // 4) * 16 + (compiled.TOKEN_WARPS + touched - 1) * _ROW_BYTES
+    steps, row_bytes = -(-3 * ctypes.sizeof(_Step) // 16) * 16, 64 * 4
+    return steps + units * UNIT_INPUTS + -(-units // 4) * 16 + (compiled.TOKEN_WARPS + touched - 1) * row_bytes
 
 
 class TokenKernel:
@@ -159,7 +156,7 @@ class TokenKernel:
 
     Attributes:
         cache: keys and values, [layers, 2, kv_heads, length, head].
-        position: int32 [1], where the next token stands; moves on by itself, and must stay below `length`.
+        position: where the next token stands.
 
     Raises:
         UnsupportedModelError: layers that `check_blocks` refuses, or too many outputs for a small GPU.
@@ -172,7 +169,7 @@ class TokenKernel:
         self._blocks, self._sizes, self._norm = blocks, sizes, norm
         self._rotary = tuple(table.to(torch.float32).contiguous() for table in rotary)
         self.cache = self._zeros(len(blocks), 2, sizes.kv_heads, sizes.length, sizes.head, dtype=sizes.dtype)
-        self.position = self._zeros(1, dtype=torch.int32)
+        self.position = Position(sizes.length, norm.device)
         steps = self._make_steps()
         self._count = len(steps)
         self._steps = torch.frombuffer(bytearray((_Step * len(steps))(*steps)), dtype=torch.uint8).to(norm.device)
@@ -184,7 +181,7 @@ class TokenKernel:
         self._next = compiled.token_kernel(self._device, "next_token", (_P, _P, _I), variant)
 
     def run(self, embedded: torch.Tensor, stepwise: bool = False) -> torch.Tensor:
-        """Take a token through all layers and the final norm; its keys and values go into the cache.
+        """Take a token through all layers and the final norm; its keys and values go into the cache. The position moves on.
 
         Args:
             embedded: [..., hidden], one token, contiguous, of the model's dtype.
@@ -192,18 +189,21 @@ class TokenKernel:
 
         Returns:
             The same shape.
+
+        Raises:
+            OptionError: the cache is full.
         """
-        stream, first = torch.cuda.current_stream(self._device).cuda_stream, self._blocks[0]
-        chunks = (-(-self._sizes.hidden // (_CHUNK * compiled.TOKEN_WARPS)), 1)
-        layer = first.projections[0]
-        inputs = first.norms[0].data_ptr(), layer.input_scale.data_ptr(), layer.input_block, 1 / math.sqrt(layer.input_block)
+        self.position.advance()
+        stream, chunks = torch.cuda.current_stream(self._device).cuda_stream, (-(-self._sizes.hidden // (CHUNK * compiled.TOKEN_WARPS)), 1)
+        norm, layer = self._blocks[0].norms[0], self._blocks[0].projections[0]
+        inputs = norm.data_ptr(), layer.input_scale.data_ptr(), layer.input_block, 1 / math.sqrt(layer.input_block)
         self._begin.launch(chunks, stream, self._token(0, 0), embedded.data_ptr(), *inputs)
-        ranges = [(i, i + 1) for i in range(self._count)] if stepwise else [(0, self._count)]
-        for begin, end in ranges:
-            self._decode.launch((self._grid, 1), stream, self._token(begin, end))
+        at_once = 1 if stepwise else self._count
+        for begin in range(0, self._count, at_once):
+            self._decode.launch((self._grid, 1), stream, self._token(begin, begin + at_once))
         normalized = torch.empty_like(embedded)
         self._end.launch(chunks, stream, self._token(0, 0), self._norm.data_ptr(), normalized.data_ptr(), self._count)
-        self._next.launch((1, 1), stream, self._work["tag"][0].data_ptr(), self.position.data_ptr(), self._count)
+        self._next.launch((1, 1), stream, self._work["tag"][0].data_ptr(), self.position.on_device.data_ptr(), self._count)
         return normalized
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -255,9 +255,9 @@ class TokenKernel:
 
     def _groups_of(self, step: _Step) -> int:
         if step.kind == _ATTENTION:
-            return -(-self._sizes.heads * self._sizes.head // _CHUNK)
+            return -(-self._sizes.heads * self._sizes.head // CHUNK)
         parts = step.part_rows[: 1 if step.kind == _GATED else step.parts]
-        return sum(-(-rows // _GROUP_ROWS) for rows in parts)
+        return sum(-(-rows // GROUP_ROWS) for rows in parts)
 
     def _make_work(self, steps: list[_Step]) -> dict[str, list[torch.Tensor]]:
         """Memory between the steps, by the names in _Token."""
@@ -270,7 +270,7 @@ class TokenKernel:
         return {
             "hidden": [self._zeros(sizes.hidden)],
             "projected": [self._zeros((sizes.heads + 2 * sizes.kv_heads) * sizes.head, dtype=words)],
-            "square_sums": [self._zeros(-(-sizes.hidden // _CHUNK), dtype=words)],
+            "square_sums": [self._zeros(-(-sizes.hidden // CHUNK), dtype=words)],
             "inputs": [self._zeros(width // 4, dtype=words) for width in widths],
             "scales": [self._zeros(-(-width // UNIT_INPUTS), dtype=words) for width in widths],
             "slots": [self._zeros((self._grid + rows) * UNIT_INPUTS, dtype=words)],
@@ -278,16 +278,15 @@ class TokenKernel:
             "weights_of_partial": [self._zeros(items * 2, dtype=words)],
             # fresh words have the tag 0
             "tag": [self._zeros(1, dtype=torch.int32) + 1],
-            "position": [self.position],
+            "position": [self.position.on_device],
             "cosines": [self._rotary[0]],
             "sines": [self._rotary[1]],
         }
 
     def _token(self, first: int, last: int) -> _Token:
         sizes = self._sizes
-        token = _Token(
-            first=first, last=last, hidden_size=sizes.hidden, heads=sizes.heads, kv_heads=sizes.kv_heads, length=sizes.length, one=1
-        )
+        token = _Token(first=first, last=last, hidden_size=sizes.hidden, one=1)
+        token.heads, token.kv_heads, token.length = sizes.heads, sizes.kv_heads, sizes.length
         token.steps, token.epsilon, token.scaling = self._steps.data_ptr(), sizes.epsilon, sizes.scaling
         for name, tensors in self._work.items():
             addresses = [tensor.data_ptr() for tensor in tensors]

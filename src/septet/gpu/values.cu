@@ -37,6 +37,9 @@ __device__ __forceinline__ void add_and_subtract(float& a, float& b) {
 
 __device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7FFFFFFF; }
 
+// Between two powers of two the lower bytes of a float are an integer, rounded to nearest even.
+__device__ __forceinline__ u32 integer(float v, float factor) { return __float_as_uint(__fadd_rn(__fmul_rn(v, factor), 12582912.f)); }
+
 // How a segment whose largest magnitude has the bits `top` is rounded: to int8, or to two float16 after a power of two.
 struct Rounding {
     float scale, factor;
@@ -46,10 +49,10 @@ struct Rounding {
         finite = top < kInfinity;
         if (to_int8) {
             const float a = __uint_as_float(top);
-            scale = __fdiv_rn(a, 127.f);
             factor = __fdiv_rn(127.f, a);
             // once, not where each value that is not 0 uses it
             asm volatile("" : "+f"(factor));
+            scale = __fdiv_rn(a, 127.f);
         } else {
             const u32 exponent = min(267u - min(top >> 23, 254u), 253u);
             factor = __uint_as_float(exponent << 23);
@@ -114,6 +117,8 @@ __device__ __forceinline__ void scaled_inputs(float (&v)[8], const Value* from, 
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = __fmul_rn(read(x[i]), of_half(scale[i]));
 }
+
+__device__ __forceinline__ u32 largest_of_warp(u32 top) { return __reduce_max_sync(~0u, top); }
 
 // Bits of the largest magnitude among the lanes that share a block, 8 inputs or more.
 __device__ __forceinline__ u32 largest_of_chunk(const float (&v)[8], int block) {

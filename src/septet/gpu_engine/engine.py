@@ -116,14 +116,20 @@ class GpuEngine:
     def step(self) -> None:
         """One more token, the one that was likeliest after the last: replays the graph. `logits` are then those that follow.
 
-        The cache must have room: `kernel.position` below `kernel.cache.shape[3]`, otherwise the launch fails.
+        Raises:
+            OptionError: the cache is full: `kernel.cache.shape[3]` tokens.
         """
+        self.kernel.position.advance()
         with torch.cuda.device(self.model.device):
             self._graph.replay()
 
     @torch.inference_mode()
     def give(self, token: int) -> None:
-        """One more token of a text, as in `step`; `logits` are then those that follow."""
+        """One more token of a text, as in `step`; `logits` are then those that follow.
+
+        Raises:
+            OptionError: as `step`.
+        """
         self._token.fill_(token)
         self.step()
 
@@ -141,7 +147,7 @@ class GpuEngine:
         for index, layer in enumerate(output.past_key_values.layers):
             self.kernel.cache[index, 0, :, : len(prompt)] = layer.keys[0]
             self.kernel.cache[index, 1, :, : len(prompt)] = layer.values[0]
-        self.kernel.position.fill_(len(prompt))
+        self.kernel.position.move_to(len(prompt))
         return output.logits[0, -1].float().cpu().numpy()
 
     @torch.inference_mode()
@@ -159,11 +165,13 @@ class GpuEngine:
             with torch.cuda.stream(stream):
                 self._step()
             torch.cuda.current_stream().wait_stream(stream)
-            self.kernel.position.zero_()
+            self.kernel.position.move_to(0)
             self._graph = torch.cuda.CUDAGraph()
             # without a stream it takes one that torch made once, perhaps of another GPU
             with torch.cuda.graph(self._graph, stream=stream):
                 self._step()
+            # a captured step did nothing on the device
+            self.kernel.position.move_to(0)
 
     def _step(self) -> None:
         embedded = self.model.get_input_embeddings()(self._token)

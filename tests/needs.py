@@ -1,0 +1,62 @@
+"""What some tests need and not every machine has, by the names with which SEPTET_EXPECT_BACKENDS demands it (tools/expected_backends.py).
+
+`make test`, which is what CI runs, demands each of them where the machine has it. So a test is skipped only where it cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import pytest
+
+__all__ = ["COMPILERS", "GPUS", "needs", "reason", "skip_module_without", "working_compilers", "working_gpus"]
+
+#: Name -> in words.
+GPUS = {"cuda": "a GPU", "two-gpus": "two GPUs", "hopper": "a Hopper GPU"}
+#: Of GPU kernels; make test installs them if it can, and says so if not.
+COMPILERS = {"triton": "Triton", "nvrtc": "NVRTC (nvidia-cuda-nvrtc)"}
+
+
+@cache
+def working_gpus() -> tuple[str, ...]:
+    """Those of GPUS that torch can use here."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = tuple(GPUS)[: min(count, 2)]
+    return (*found, "hopper") if found and torch.cuda.get_device_capability() == (9, 0) else found
+
+
+@cache
+def working_compilers() -> tuple[str, ...]:
+    """Those of COMPILERS that can be used here."""
+    from septet.gpu import driver
+
+    there = {"triton": bool(importlib.util.find_spec("triton")), "nvrtc": not driver.obstacle()}
+    return tuple(name for name in COMPILERS if there[name])
+
+
+def reason(name: str, instead: str) -> str:
+    """Why a test is skipped without one of them.
+
+    Args:
+        name: of GPUS or COMPILERS.
+        instead: what is tested without it.
+    """
+    return f"needs {(GPUS | COMPILERS)[name]}: SEPTET_EXPECT_BACKENDS demands {name} where a machine has it; {instead}"
+
+
+def _is_missing(name: str) -> bool:
+    return name not in (working_gpus() if name in GPUS else working_compilers())
+
+
+def needs(name: str, instead: str) -> pytest.MarkDecorator:
+    """A mark for tests that need one of them; arguments as for `reason`."""
+    return pytest.mark.skipif(_is_missing(name), reason=reason(name, instead))
+
+
+def skip_module_without(name: str, instead: str) -> None:
+    """Skip the module that calls this, unless there is one of them; arguments as for `reason`."""
+    if _is_missing(name):
+        pytest.skip(reason(name, instead), allow_module_level=True)
