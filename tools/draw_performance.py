@@ -104,7 +104,7 @@ def origin(rows: Sequence[Row]) -> str:
     return f"\n{'; '.join(part for part in parts if part)}.\n"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"kernels": kernels, "models": models, "amx": models, "avx2": models, "checks": checks}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"kernels": kernels, "models": models, "avx2": models, "checks": checks}
 
 
 def redraw(document: str, folder: Path) -> str:
