@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 
 import pytest
@@ -33,7 +33,14 @@ def working_compilers() -> tuple[str, ...]:
     """Those of COMPILERS that can be used here."""
     from septet.gpu import driver
 
-    there = {"triton": bool(importlib.util.find_spec("triton")), "nvrtc": not driver.obstacle()}
+    try:
+        # imported, not looked for: a broken installation has a folder, too
+        importlib.import_module("triton")
+    except ImportError:
+        has_triton = False
+    else:
+        has_triton = True
+    there = {"triton": has_triton, "nvrtc": not driver.obstacle()}
     return tuple(name for name in COMPILERS if there[name])
 
 

@@ -2,13 +2,12 @@
 
 The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. torch and
 transformers are always expected, because `make test` installs them, cuda, two-gpus and hopper where torch is built for CUDA and the machine
-has such GPUs, and the packages of OPTIONAL where they are installed. nvrtc comes in packages whose names end in CUDA's version, or not.
+has such GPUs, and the packages of OPTIONAL where they are installed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -46,8 +45,8 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-#: Packages without which tests are skipped: name of the backend -> module.
-OPTIONAL = {"triton": "triton", "llama-cpp": "llama_cpp"}
+#: Packages without which tests are skipped: name of the backend -> how their names begin (NVRTC's may end in CUDA's version).
+OPTIONAL = {"triton": "triton", "nvrtc": "nvidia-cuda-nvrtc", "llama-cpp": "llama-cpp-python"}
 
 
 def gpu_backends() -> list[str]:
@@ -60,9 +59,9 @@ def gpu_backends() -> list[str]:
 
 
 def optional_backends() -> list[str]:
-    """Those of OPTIONAL that are installed, and NVRTC."""
-    has_nvrtc = any((found.name or "").startswith("nvidia-cuda-nvrtc") for found in importlib.metadata.distributions())
-    return [*(name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)), *(["nvrtc"] if has_nvrtc else [])]
+    """Those of OPTIONAL that pip has installed to the end: what a broken download left has files, but no record of them."""
+    installed = [(found.name or "").lower().replace("_", "-") for found in importlib.metadata.distributions()]
+    return [name for name, package in OPTIONAL.items() if any(f"{found}-".startswith(f"{package}-") for found in installed)]
 
 
 if __name__ == "__main__":

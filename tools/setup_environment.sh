@@ -124,7 +124,9 @@ stage_gpu() {
     for package in triton nvidia-cuda-nvrtc; do
         [ -z "$(installed .venv $package)" ] || continue
         say "$package, to compile GPU kernels"
-        .venv/bin/python -m pip install -qq --no-deps "$package" || say "without $package: tests that need it are skipped and say so"
+        # Hundreds of megabytes: a download that breaks gets a second try.
+        local try=(.venv/bin/python -m pip install -qq --no-deps "$package")
+        "${try[@]}" || "${try[@]}" || say "without $package: tests that need it are skipped and say so"
     done
 }
 
