@@ -20,9 +20,11 @@ struct alignas(64) Bytes { uint8_t at[64]; };
 inline __m512i load(const Bytes& bytes) { return _mm512_load_si512(bytes.at); }
 
 // sum += the products of four unsigned and four signed bytes in every 32-bit lane. GCC 12 makes of the intrinsic copies of the sums, to other registers and
-// to memory: where many live at the same time, half the speed.
-inline void add_dots(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+// to memory: where many live at the same time, half the speed. With the element of an array as its operand it stores that after each instruction.
+[[gnu::always_inline]] inline void add_dots(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    __m512i in_register = sum;
+    asm("vpdpbusd %2, %1, %0" : "+v"(in_register) : "v"(unsigned_bytes), "v"(signed_bytes));
+    sum = in_register;
 }
 
 constexpr Bytes biased_half(int bits, int half) {
@@ -196,7 +198,6 @@ void tokens_product(const TileRows& w, int64_t segment_tiles, const SegmentedRow
 }
 
 // A row of tiles of each of `rows` streams, whose rows lie `distance` rows apart. Short segments would spend their time on sums if those were stored in between.
-// Four streams read more of the memory's bandwidth than two, and cost nothing, although not all of their sums fit into registers.
 template <int bits, int rows>
 [[gnu::flatten]] void strand_rows(const uint8_t* packed, int64_t tiles, int64_t distance, const SegmentedRow& x, float* y) {
     const LevelTable<bits> table;
@@ -230,14 +231,21 @@ template <int bits, int rows>
     repeat<rows>([&](auto row) { store_in_order(total[row], y + row * distance * kTileOutputs); });
 }
 
-// Each stream goes through a quarter of the rows, so that what it reads next follows what it has read, at the end of a row, too.
-template <int bits>
-void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
-    const int64_t each = w.count / kStreams, together = each * kStreams, row_bytes = w.tiles * tile_bytes(bits);
-    for (int64_t row = 0; row < each; row++) strand_rows<bits, kStreams>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
-    in_blocks<kStreams - 1>(w.count - together, [&](auto rows, int64_t) {
+// Each stream goes through a part of the rows, so that what it reads next follows what it has read, at the end of a row, too.
+template <int bits, int streams>
+void product_in_streams(const TileRows& w, const SegmentedRow& x, float* y) {
+    const int64_t each = w.count / streams, together = each * streams, row_bytes = w.tiles * tile_bytes(bits);
+    for (int64_t row = 0; row < each; row++) strand_rows<bits, streams>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
+    in_blocks<streams - 1>(w.count - together, [&](auto rows, int64_t) {
         strand_rows<bits, rows>(w.packed + together * row_bytes, w.tiles, 1, x, y + together * kTileOutputs);
     });
+}
+
+// Two threads of an Intel read more with four streams each, although not all of their sums fit into registers; those of a Zen 5 read up to a half less.
+template <int bits>
+void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
+    if (__builtin_cpu_is("intel")) product_in_streams<bits, kStreams>(w, x, y);
+    else product_in_streams<bits, 2>(w, x, y);
 }
 
 }  // namespace

@@ -13,14 +13,15 @@
 namespace septet {
 namespace {
 
-// body(0) .. body(n - 1) with constants, so that a compiler keeps the small arrays they index in registers. Use it in [[gnu::flatten]] functions.
+// body(0) .. body(n - 1) with constants, so that a compiler keeps the small arrays they index in registers. Use it in [[gnu::flatten]] functions;
+// inlined later than at once, GCC 12 has already given those arrays memory.
 template <class Body, int... i>
-void repeat(const Body& body, std::integer_sequence<int, i...>) { (body(std::integral_constant<int, i>{}), ...); }
+[[gnu::always_inline]] inline void repeat(const Body& body, std::integer_sequence<int, i...>) { (body(std::integral_constant<int, i>{}), ...); }
 template <int n, class Body>
-void repeat(const Body& body) { repeat(body, std::make_integer_sequence<int, n>{}); }
+[[gnu::always_inline]] inline void repeat(const Body& body) { repeat(body, std::make_integer_sequence<int, n>{}); }
 // body(i, j) for all i < n, j < m.
 template <int n, int m, class Body>
-void repeat(const Body& body) {
+[[gnu::always_inline]] inline void repeat(const Body& body) {
     repeat<n>([&](auto i) { repeat<m>([&](auto j) { body(i, j); }); });
 }
 
