@@ -13,6 +13,7 @@ from variants import variants
 
 pytest.importorskip("septet.kernels.native", reason="needs the native extension; make test builds it and SEPTET_EXPECT_BACKENDS demands it")
 from septet.bench.kernels import KernelCase, measure_kernels
+from septet.bench.models import Contender, worker_environment
 
 # ruff: noqa: F811 (fixtures are imported names)
 
@@ -86,6 +87,16 @@ def test_llama_cpp_gets_files_of_the_same_sizes(quantized: dict[str, Path], tmp_
     septet_json("bench", "model", quantized["trellis"], *options)
     assert asked[1] == asked[0]
     assert_error(septet("bench", "model", quantized["trellis"], *options, "--types", "Q9"), "a type must be one of")
+
+
+@pytest.mark.parametrize(("engine", "waits"), [("llama.cpp", None), ("native", None), ("transformers", "PASSIVE")])
+def test_openmp_waits_as_each_engine_is_fastest(engine: str, waits: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command septet sets the variable for torch; llama.cpp with threads that sleep at once is no contender."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("OTHER", "stays")
+    variables = worker_environment(Contender(Path("model"), engine, 2))
+    assert variables.get("OMP_WAIT_POLICY") == waits
+    assert variables["OMP_NUM_THREADS"] == "2" and variables["OTHER"] == "stays"
 
 
 def test_rows_go_to_a_csv_file_with_their_origin(tmp_path: Path) -> None:
