@@ -2,7 +2,7 @@
 //
 // vpmaddubsw wants an unsigned and a signed operand. For one or two tokens the magnitudes of the levels are the unsigned one, and their signs go to the
 // activations; decoded levels keep theirs, |x| is unsigned and its sign goes to the level. 2 * 128 * 127 fits int16, so nothing saturates.
-#include "avx2_decoded.h"
+#include "avx2_strands.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
@@ -18,7 +18,7 @@ struct SignedDecoder : TrellisDecoder<bits> {
 
 struct PairDot {
     static __m256i add(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1)));
+        return _mm256_add_epi32(sum, sums_of_pairs(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes)));
     }
 };
 
@@ -45,9 +45,12 @@ struct WideRow {
 
 // -(-128) is no int8. Our own rounding never makes it, but any int8 is allowed.
 bool holds_lowest(const int8_t* x, int64_t count) {
-    bool found = false;
-    for (int64_t i = 0; i < count; i++) found |= x[i] == -128;
-    return found;
+    __m256i found = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) found = _mm256_or_si256(found, _mm256_cmpeq_epi8(load_any(x + i), load(kRepeatedByte<0x80>)));
+    bool in_rest = false;
+    for (; i < count; i++) in_rest |= x[i] == -128;
+    return in_rest || !_mm256_testz_si256(found, found);
 }
 
 template <int bits>
@@ -62,25 +65,45 @@ void packed_levels(const uint8_t* packed, int64_t tiles, Rows x, int32_t* sums) 
     }
 }
 
-template <int bits>
-void segmented_levels(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
-    if (!holds_lowest(x.data, tiles * kTileInputs)) return segment_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+// A row of tiles, decoded into a buffer.
+template <int bits, DecodeTiles decode>
+void decoded_row(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    constexpr int64_t at_once = 4 * kGroupTiles;
+    alignas(32) uint8_t decoded[at_once * kTileWeights];
     std::memset(y, 0, kTileOutputs * sizeof(float));
     for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
-        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        const int64_t last = first + x.segment_tiles < tiles ? first + x.segment_tiles : tiles;
         int32_t sums[kTileOutputs] = {};
-        packed_levels<bits>(packed + first * tile_bytes(bits), count, {x.data + first * kTileInputs, 0, 1}, sums);
+        for (int64_t t = first; t < last; t += at_once) {
+            const int64_t count = last - t < at_once ? last - t : at_once;
+            decode(packed + t * tile_bytes(bits), count, decoded);
+            decoded_product<SignedLevels, PairDot>(decoded, count, {x.data + t * kTileInputs, 0, 1}, sums);
+        }
         add_segment(sums, x.scales[segment], y);
     }
+}
+
+template <int bits>
+void segmented_levels(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    if (holds_lowest(x.data, tiles * kTileInputs)) return decoded_row<bits, decode_tiles<SignedDecoder<bits>>>(packed, tiles, x, y);
+    segment_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+}
+
+template <int bits>
+void segmented_strands(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    if (holds_lowest(x.data, tiles * kTileInputs)) return decoded_row<bits, decode_strands<SignedDecoder<bits>>>(packed, tiles, x, y);
+    strand_row<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
 }
 
 }  // namespace
 
 const KernelTable kAvx2Kernels = {
     "avx2", 0, kFusedRows,
-    {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>},
+    {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>,
+     decode_strands<SignedDecoder<6>>, decode_strands<SignedDecoder<7>>, decode_strands<SignedDecoder<8>>},
     {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
-    {nullptr, row_by_row<6, segmented_levels<6>>, row_by_row<7, segmented_levels<7>>, row_by_row<8, segmented_levels<8>>},
+    {nullptr, row_by_row<6, segmented_levels<6>>, row_by_row<7, segmented_levels<7>>, row_by_row<8, segmented_levels<8>>,
+     row_by_row<6, segmented_strands<6>>, row_by_row<7, segmented_strands<7>>, row_by_row<8, segmented_strands<8>>},
     add_decoded<SignedLevels, PairDot>,
     decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

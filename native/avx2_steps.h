@@ -22,6 +22,38 @@ template <class T> __m256i load_any(const T* p) { return _mm256_loadu_si256(rein
 template <class T> void store_any(T* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+// The same byte or 16-bit word everywhere. Constants from memory rather than _mm256_set1: GCC 12 copies those to the stack where registers run out.
+constexpr Bytes repeated_word(uint16_t word) {
+    Bytes result{};
+    for (int i = 0; i < 32; i++) result.at[i] = static_cast<uint8_t>(word >> 8 * (i % 2));
+    return result;
+}
+constexpr Bytes repeated_byte(uint8_t byte) { return repeated_word(static_cast<uint16_t>(byte << 8 | byte)); }
+template <uint8_t byte> constexpr Bytes kRepeatedByte = repeated_byte(byte);
+template <uint16_t word> constexpr Bytes kRepeatedWord = repeated_word(word);
+
+// Operations with constants that are read where they are used: GCC 12 would fill the 16 registers with these and keep the rest on the stack.
+inline __m256i minus(__m256i x, const Bytes& bytes) {
+    __m256i result;
+    asm("vpsubb %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
+    return result;
+}
+inline __m256i masked(__m256i x, const Bytes& bytes) {
+    __m256i result;
+    asm("vpand %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
+    return result;
+}
+inline __m256i with_bits(__m256i x, const Bytes& bytes) {
+    __m256i result;
+    asm("vpor %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
+    return result;
+}
+inline __m256i sums_of_pairs(__m256i words) {
+    __m256i result;
+    asm("vpmaddwd %2, %1, %0" : "=x"(result) : "x"(words), "m"(kRepeatedWord<1>));
+    return result;
+}
+
 // The four activations of a tile in every 32-bit lane.
 inline __m256i broadcast_four(const int8_t* x) {
     int32_t four;
@@ -88,7 +120,7 @@ inline __m256i doubled_plus_one(__m256i v) {
 #if defined(__GFNI__)
     return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(0x0001020408102040), 1);
 #else
-    return _mm256_or_si256(_mm256_add_epi8(v, v), _mm256_set1_epi8(1));
+    return with_bits(_mm256_add_epi8(v, v), kRepeatedByte<1>);
 #endif
 }
 
@@ -105,8 +137,19 @@ struct TrellisDecoder : Windows<width> {
     static_assert(is_odd_symmetric(kTable), "index bit 6 is the sign");
     static constexpr Differences kDifferences{kTable};
     const __m256i table[4] = {load(kDifferences.table[0]), load(kDifferences.table[1]), load(kDifferences.table[2]), load(kDifferences.table[3])};
-    const __m256i c_low = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier & 0xFFFF)), c_high = _mm256_set1_epi16(static_cast<int16_t>(kTable.multiplier >> 16));
-    const __m256i index_mask = _mm256_set1_epi8(63), sixteen = _mm256_set1_epi8(16);
+    const __m256i c_low = load(kRepeatedWord<kTable.multiplier & 0xFFFF>), c_high = load(kRepeatedWord<(kTable.multiplier >> 16)>);
+    const __m256i index_mask = load(kRepeatedByte<63>), sixteen = load(kRepeatedByte<16>);
+
+    __m256i hash_of(__m256i window) const { return _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high)); }
+
+    // As `read`, of 16 windows.
+    [[gnu::always_inline]] SignedBytes levels(__m256i window) const {
+        const __m256i hash = hash_of(window), index = masked(hash, kRepeatedByte<63>);
+        const __m256i first = _mm256_shuffle_epi8(table[0], index), second = _mm256_shuffle_epi8(table[1], minus(index, kRepeatedByte<16>));
+        const __m256i third = _mm256_shuffle_epi8(table[2], minus(index, kRepeatedByte<32>));
+        const __m256i fourth = _mm256_shuffle_epi8(table[3], minus(index, kRepeatedByte<48>));
+        return {_mm256_xor_si256(_mm256_xor_si256(first, second), _mm256_xor_si256(third, fourth)), doubled_plus_one(hash)};
+    }
 
     // Levels of 8 outputs each from steps first .. first + n - 1: magnitudes, and what vpsignb wants for a sign, index bit 6 on top and never 0.
     // vpshufb looks at the low 4 bits of an index and gives 0 when bit 7 is set: table t joins in when index - 16*t is not negative.
@@ -116,7 +159,7 @@ struct TrellisDecoder : Windows<width> {
         __m256i hash[n], index[n];
         repeat<n>([&](auto i) {
             const __m256i window = this->template cut<first + decltype(i)::value>(tile);
-            hash[i] = _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high));
+            hash[i] = hash_of(window);
         });
         repeat<n>([&](auto i) {
             index[i] = _mm256_and_si256(hash[i], index_mask);

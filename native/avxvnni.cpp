@@ -1,7 +1,7 @@
 // AVX2 with AVX-VNNI and GFNI: vpdpbusd adds up the four products of a lane. See avx2_steps.h.
 //
 // The unsigned operand is level + 128, the signed one the activations, so callers start sums at -128 * sum(x).
-#include "avx2_decoded.h"
+#include "avx2_strands.h"
 #include "viterbi_kernel.h"
 
 namespace septet {
@@ -49,11 +49,13 @@ struct BiasedRow {
 
 const KernelTable kAvxVnniKernels = {
     "avxvnni", kBias, kFusedRows,
-    {decode_tiles<SplitDecoder>, decode_tiles<BiasedDecoder<6>>, decode_tiles<BiasedDecoder<7>>, decode_tiles<BiasedDecoder<8>>},
+    {decode_tiles<SplitDecoder>, decode_tiles<BiasedDecoder<6>>, decode_tiles<BiasedDecoder<7>>, decode_tiles<BiasedDecoder<8>>,
+     decode_strands<BiasedDecoder<6>>, decode_strands<BiasedDecoder<7>>, decode_strands<BiasedDecoder<8>>},
     {packed_product<SplitDecoder, VnniDot>, packed_product<BiasedDecoder<6>, VnniDot>, packed_product<BiasedDecoder<7>, VnniDot>,
      packed_product<BiasedDecoder<8>, VnniDot>},
     {nullptr, row_by_row<6, segment_product<BiasedDecoder<6>, VnniDot>>, row_by_row<7, segment_product<BiasedDecoder<7>, VnniDot>>,
-     row_by_row<8, segment_product<BiasedDecoder<8>, VnniDot>>},
+     row_by_row<8, segment_product<BiasedDecoder<8>, VnniDot>>, row_by_row<6, strand_row<BiasedDecoder<6>, VnniDot>>,
+     row_by_row<7, strand_row<BiasedDecoder<7>, VnniDot>>, row_by_row<8, strand_row<BiasedDecoder<8>, VnniDot>>},
     add_decoded<BiasedLevels, VnniDot>,
     decoded_product<BiasedLevels, VnniDot>, row_product_with<BiasedRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

@@ -87,7 +87,7 @@ struct KernelTable {
 
     const ViterbiKernel* viterbi;
     const ModelSteps* model;
-    TokensProduct tokens_product[3] = {};  // of kStrands6 to kStrands8; sets without decode of those have none
+    TokensProduct tokens_product[3] = {};  // of kStrands6 to kStrands8; nullptr: there is none
 };
 
 extern const KernelTable kScalarKernels;

@@ -202,14 +202,15 @@ void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_a
             at_once({w.tile(first, 0), std::min(last * unit, w.rows) - first, w.columns}, row, y + first * kTileOutputs);
         }, parts);
     }
-    if (w.decoding >= kStrands6 && x.tokens <= kFusedTokens) {
+    const bool in_strands = w.decoding >= kStrands6;
+    if (in_strands && x.tokens <= kFusedTokens && kernels.tokens_product[w.decoding - kStrands6] != nullptr) {
         const SegmentedRows rows{{x.values, w.inputs(), x.tokens}, segments.sums(0, 0), x.scales, segments.count()};
         return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; row++)
                 kernels.tokens_product[w.decoding - kStrands6]({w.tile(row, 0), 1, w.columns}, x.segment / kTileInputs, rows, y + row * kTileOutputs, w.outputs());
         }, parts);
     }
-    if (kernels.add_decoded != nullptr && x.tokens > kernels.fused_rows && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
+    if (kernels.add_decoded != nullptr && (in_strands || x.tokens > kernels.fused_rows) && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
         return multiply_segments(kernels, w, x, segments, y, threads, parts);
     for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
         kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));

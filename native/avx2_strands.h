@@ -1,0 +1,125 @@
+// Products with one token and weights arranged for the two AVX2 sets: windows are two shifts and an `or` instead of shuffles.
+//
+// arrange.h puts four tiles side by side: `bits` registers of 32 words, in word i of a lane the i-th 16 bits of an eighth of a tile's stream, a strand. Half a
+// register is 16 strands: its 128-bit lanes have strand k of the four tiles, then strand k + 4. Step q decodes pair q of each: output 8*k + q/2, inputs
+// 2*(q%2) and the next, and a 32-bit lane sums them over two tiles. Few operations wait for each other, so more of them run at once than in the stored order.
+#pragma once
+#include "avx2_decoded.h"
+
+namespace septet {
+namespace {
+
+constexpr int kOutputsOfStrand = 8, kGroupInputs = kGroupTiles * kTileInputs, kRegisterBytes = 64, kHalfBytes = 32;
+template <int bits> constexpr int kGroupBytes = kGroupTiles * tile_bytes(bits);
+
+// What follows the last word of each strand of a half: the first word of the next one; the last strand goes on where the first begins.
+template <int half>
+[[gnu::always_inline]] inline __m256i after_strands(const uint8_t* group) {
+    if constexpr (half == 0) return load_any(group + kHalfBytes / 2);
+    else return _mm256_permute2x128_si256(load_any(group + kHalfBytes), _mm256_shuffle_epi32(load_any(group), 0x4E), 0x21);
+}
+
+template <int bits, int half, int step>
+[[gnu::always_inline]] inline __m256i strand_window(const uint8_t* group, __m256i after) {
+    constexpr int word = step * bits / 16, shift = step * bits % 16;
+    const uint8_t* at = group + kRegisterBytes * word + kHalfBytes * half;
+    if constexpr (shift == 0) return load_any(at);
+    else {
+        const __m256i next = word + 1 < bits ? load_any(at + kRegisterBytes) : after;
+        return _mm256_or_si256(_mm256_srli_epi16(load_any(at), shift), _mm256_slli_epi16(next, 16 - shift));
+    }
+}
+
+// Two steps are all inputs of an output; `even` and `odd` are the two inputs of each tile that they multiply.
+template <class Decoder, class Dot, int half, int output = 0>
+[[gnu::always_inline]] inline void add_outputs(const Decoder& decoder, const uint8_t* group, __m256i after, __m256i even, __m256i odd, int32_t* sums) {
+    const SignedBytes first = decoder.levels(strand_window<Decoder::bits, half, 2 * output>(group, after));
+    const SignedBytes last = decoder.levels(strand_window<Decoder::bits, half, 2 * output + 1>(group, after));
+    const __m256i sum = Dot::add(load_any(sums + 8 * output), decoder.weights(first), decoder.inputs(first, even));
+    store_any(sums + 8 * output, Dot::add(sum, decoder.weights(last), decoder.inputs(last, odd)));
+    if constexpr (output + 1 < kOutputsOfStrand) add_outputs<Decoder, Dot, half, output + 1>(decoder, group, after, even, odd, sums);
+}
+
+// sums [8 outputs][8] += the strands of a half. The decoder's constants fill the registers, so sums lie in memory; `noinline` keeps GCC from another order.
+template <class Decoder, class Dot, int half>
+[[gnu::noinline]] void add_strands(const uint8_t* group, int64_t tiles, const int8_t* input, int32_t* sums) {
+    const Decoder decoder;
+    const __m256i in_pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (int64_t t = 0; t < tiles; t += kGroupTiles, group += kGroupBytes<Decoder::bits>, input += kGroupInputs) {
+        if (half == 0)
+            for (int i = 0; i < Decoder::bits; i++) prefetch_ahead(group + kRegisterBytes * i);
+        const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(input)), in_pairs);
+        const __m256i even = _mm256_unpacklo_epi64(pairs, pairs), odd = _mm256_unpackhi_epi64(pairs, pairs);
+        add_outputs<Decoder, Dot, half>(decoder, group, after_strands<half>(group), even, odd, sums);
+    }
+}
+
+// A row of tiles in strands. A segment is short enough that its second half comes out of the nearest cache.
+template <class Decoder, class Dot>
+void strand_row(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
+    constexpr int half_outputs = kTileOutputs / 2;
+    alignas(32) float total[kTileOutputs] = {};  // [half][output / 2][lane]
+    for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
+        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
+        const uint8_t* group = packed + first * tile_bytes(Decoder::bits);
+        const int8_t* input = x.data + first * kTileInputs;
+        alignas(32) int32_t sums[2 * kTileOutputs] = {};  // [half][output][lane], two lanes for each strand
+        add_strands<Decoder, Dot, 0>(group, count, input, sums);
+        add_strands<Decoder, Dot, 1>(group, count, input, sums + kTileOutputs);
+        const __m256i excess = _mm256_set1_epi32(-Decoder::bias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
+        const __m256 scale = _mm256_set1_ps(x.scales[segment]);
+        for (int i = 0; i < kTileOutputs; i += 8) {
+            const __m256i exact = _mm256_add_epi32(excess, _mm256_hadd_epi32(load_any(sums + 2 * i), load_any(sums + 2 * i + 8)));
+            _mm256_store_ps(total + i, _mm256_add_ps(_mm256_load_ps(total + i), _mm256_mul_ps(scale, _mm256_cvtepi32_ps(exact))));
+        }
+    }
+    // hadd leaves in every 128-bit lane strands k and k + 4 of an even output, then of the odd one after it
+    for (int i = 0; i < kTileOutputs; i++) {
+        const int half = i / half_outputs, lane = i % 8, strand = 2 * half + lane / 4 + lane % 2 * 4;
+        y[kOutputsOfStrand * strand + i % half_outputs / 8 * 2 + lane / 2 % 2] = total[i];
+    }
+}
+
+// In every 128-bit lane by itself: v[i] becomes the 32-bit lanes i of the four.
+inline void transpose_dwords(__m256i (&v)[4]) {
+    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
+    const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(a, c);
+    v[1] = _mm256_unpackhi_epi64(a, c);
+    v[2] = _mm256_unpacklo_epi64(b, d);
+    v[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+// [upper half of the strands' outputs][strand k or k + 4][tile]: four outputs, of which each comes from two steps.
+template <class Decoder, int half>
+[[gnu::flatten]] void decode_half(const Decoder& decoder, const uint8_t* group, uint8_t* decoded) {
+    const __m256i after = after_strands<half>(group);
+    __m256i four[2][2][kGroupTiles];
+    repeat<2, 4>([&](auto upper, auto m) {
+        constexpr int step = 8 * upper + 2 * m;
+        const __m256i first = decoder.decoded(decoder.levels(strand_window<Decoder::bits, half, step>(group, after)));
+        const __m256i last = decoder.decoded(decoder.levels(strand_window<Decoder::bits, half, step + 1>(group, after)));
+        four[upper][0][m] = _mm256_unpacklo_epi16(first, last);
+        four[upper][1][m] = _mm256_unpackhi_epi16(first, last);
+    });
+    for (int i = 0; i < 4; i++) transpose_dwords(four[i / 2][i % 2]);
+    for (int i = 0; i < 2 * kGroupTiles; i++) {
+        const __m256i lower = four[0][i % 2][i / 2], upper = four[1][i % 2][i / 2];
+        uint8_t* to = decoded + kTileWeights * (i / 2) + kTileInputs * kOutputsOfStrand * (2 * half + i % 2 * 4);
+        store_any(to, _mm256_permute2x128_si256(lower, upper, 0x20));
+        store_any(to + kTileInputs * kOutputsOfStrand, _mm256_permute2x128_si256(lower, upper, 0x31));
+    }
+}
+
+template <class Decoder>
+void decode_strands(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
+    const Decoder decoder;
+    for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupBytes<Decoder::bits>, decoded += kGroupTiles * kTileWeights) {
+        for (int i = 0; i < Decoder::bits; i++) prefetch_ahead(packed + kRegisterBytes * i);
+        decode_half<Decoder, 0>(decoder, packed, decoded);
+        decode_half<Decoder, 1>(decoder, packed, decoded);
+    }
+}
+
+}  // namespace
+}  // namespace septet
