@@ -104,7 +104,9 @@ def origin(rows: Sequence[Row]) -> str:
     return f"\n{'; '.join(part for part in parts if part)}.\n"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"kernels": kernels, "models": models, "avx2": models, "checks": checks}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "kernels": kernels, "kernels_xeon": kernels, "models": models, "avx2": models, "checks": checks
+}  # fmt: skip
 
 
 def redraw(document: str, folder: Path) -> str:
