@@ -84,15 +84,15 @@ void decoded_row(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, fl
 }
 
 template <int bits>
-void segmented_levels(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
-    if (holds_lowest(x.data, tiles * kTileInputs)) return decoded_row<bits, decode_tiles<SignedDecoder<bits>>>(packed, tiles, x, y);
-    segment_product<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+void segmented_levels(const TileRows& rows, const SegmentedRow& x, float* y) {
+    if (holds_lowest(x.data, rows.tiles * kTileInputs)) return row_by_row<bits, decoded_row<bits, decode_tiles<SignedDecoder<bits>>>>(rows, x, y);
+    row_by_row<bits, segment_product<SignedDecoder<bits>, PairDot>>(rows, x, y);
 }
 
 template <int bits>
-void segmented_strands(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
-    if (holds_lowest(x.data, tiles * kTileInputs)) return decoded_row<bits, decode_strands<SignedDecoder<bits>>>(packed, tiles, x, y);
-    strand_row<SignedDecoder<bits>, PairDot>(packed, tiles, x, y);
+void segmented_strands(const TileRows& rows, const SegmentedRow& x, float* y) {
+    if (holds_lowest(x.data, rows.tiles * kTileInputs)) return row_by_row<bits, decoded_row<bits, decode_strands<SignedDecoder<bits>>>>(rows, x, y);
+    row_by_row<bits, strand_row<SignedDecoder<bits>, PairDot>>(rows, x, y);
 }
 
 }  // namespace
@@ -102,8 +102,7 @@ const KernelTable kAvx2Kernels = {
     {decode_tiles<SplitDecoder>, decode_tiles<SignedDecoder<6>>, decode_tiles<SignedDecoder<7>>, decode_tiles<SignedDecoder<8>>,
      decode_strands<SignedDecoder<6>>, decode_strands<SignedDecoder<7>>, decode_strands<SignedDecoder<8>>},
     {packed_product<SplitDecoder, PairDot>, packed_levels<6>, packed_levels<7>, packed_levels<8>},
-    {nullptr, row_by_row<6, segmented_levels<6>>, row_by_row<7, segmented_levels<7>>, row_by_row<8, segmented_levels<8>>,
-     row_by_row<6, segmented_strands<6>>, row_by_row<7, segmented_strands<7>>, row_by_row<8, segmented_strands<8>>},
+    {nullptr, segmented_levels<6>, segmented_levels<7>, segmented_levels<8>, segmented_strands<6>, segmented_strands<7>, segmented_strands<8>},
     add_decoded<SignedLevels, PairDot>,
     decoded_product<SignedLevels, PairDot>, row_product_with<WideRow>, widen, rescale, float_product, float_row_product,
     multiply, hadamard, quantize, pair_sums, add_segment, add_split, read_sum,

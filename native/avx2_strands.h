@@ -1,4 +1,4 @@
-// Products with one token and weights arranged for the two AVX2 sets: windows are two shifts and an `or` instead of shuffles.
+// Weights arranged for the two AVX2 sets, products with one token and decoding: windows are two shifts and an `or` instead of shuffles.
 //
 // arrange.h puts four tiles side by side: `bits` registers of 32 words, in word i of a lane the i-th 16 bits of an eighth of a tile's stream, a strand. Half a
 // register is 16 strands: its 128-bit lanes have strand k of the four tiles, then strand k + 4. Step q decodes pair q of each: output 8*k + q/2, inputs
@@ -40,7 +40,8 @@ template <class Decoder, class Dot, int half, int output = 0>
     if constexpr (output + 1 < kOutputsOfStrand) add_outputs<Decoder, Dot, half, output + 1>(decoder, group, after, even, odd, sums);
 }
 
-// sums [8 outputs][8] += the strands of a half. The decoder's constants fill the registers, so sums lie in memory; `noinline` keeps GCC from another order.
+// sums [8 outputs][8] += the strands of a half. The decoder's constants fill the registers, so sums lie in memory: inlined, GCC would know
+// that nothing else points to them, and move them into registers that are not there.
 template <class Decoder, class Dot, int half>
 [[gnu::noinline]] void add_strands(const uint8_t* group, int64_t tiles, const int8_t* input, int32_t* sums) {
     const Decoder decoder;

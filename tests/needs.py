@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -33,15 +34,11 @@ def working_compilers() -> tuple[str, ...]:
     """Those of COMPILERS that can be used here."""
     from septet.gpu import driver
 
-    try:
-        # imported, not looked for: a broken installation has a folder, too
+    working = []
+    with suppress(ImportError):  # imported, not looked for: a broken installation has a folder, too
         importlib.import_module("triton")
-    except ImportError:
-        has_triton = False
-    else:
-        has_triton = True
-    there = {"triton": has_triton, "nvrtc": not driver.obstacle()}
-    return tuple(name for name in COMPILERS if there[name])
+        working.append("triton")
+    return (*working, *(() if driver.obstacle() else ("nvrtc",)))
 
 
 def reason(name: str, instead: str) -> str:

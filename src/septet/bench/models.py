@@ -15,7 +15,7 @@ from types import TracebackType
 from septet.bench.rounds import median, spread
 from septet.errors import OptionError, SeptetError, UnsupportedModelError
 
-__all__ = ["ENGINES", "Contender", "Worker", "measure_models"]
+__all__ = ["ENGINES", "Contender", "Worker", "measure_models", "worker_environment"]
 
 ENGINES = ("native", "transformers", "llama.cpp")
 _OPENMP_WAITS = "OMP_WAIT_POLICY"
@@ -101,6 +101,12 @@ def worker_environment(contender: Contender) -> dict[str, str]:
 
     The command septet asks OpenMP's threads to sleep while they wait, for torch's sake. llama.cpp's meet hundreds of times a token and
     would decode at a fifth to two thirds of their speed, so its process gets OpenMP's default: they spin for a moment, then sleep.
+
+    Args:
+        contender: what the process runs.
+
+    Returns:
+        All variables of the process, by name.
     """
     variables = {name: value for name, value in os.environ.items() if name != _OPENMP_WAITS}
     variables |= {"OMP_NUM_THREADS": str(contender.threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
