@@ -213,7 +213,7 @@ def test_a_checkpoint_comes_out_as_on_the_processor(
     from septet.checkpoint import QuantizeOptions
     from septet.cli.quantize import quantize_with_bar
 
-    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda device: encoder)
+    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda device, feedback: encoder)
     options = QuantizeOptions(effort=effort, calibration="self" if effort else "none", calibration_tokens=600 if effort else 0)
     for out, device in (("here", "cpu"), ("there", "cpu:0")):
         assert quantize_with_bar(str(tiny_model_dir), tmp_path / out, options, calibration="self", device=device)

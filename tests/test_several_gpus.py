@@ -17,6 +17,7 @@ from needs import needs, reason  # noqa: E402
 from septet import quantize_gpu  # noqa: E402
 from septet.calibration import Machine  # noqa: E402
 from septet.checkpoint import QuantizeOptions  # noqa: E402
+from septet.codes import trellis, trellis_search  # noqa: E402
 from septet.errors import OptionError  # noqa: E402
 from septet.model import plan  # noqa: E402
 from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
@@ -84,7 +85,7 @@ def test_a_list_of_gpus_names_each_once() -> None:
 
 @needs("cuda", "below, its kernels are compiled without")
 def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
-    """Against the Triton kernel and torch's operations, which other tests compare with the definitions."""
+    """Against the Triton kernel and torch's operations, which other tests compare with the definitions, and against a definition."""
     from septet.quantize_gpu import clusters, kernels
 
     if not clusters.fits(0):
@@ -101,7 +102,13 @@ def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
             fixed = torch.from_numpy(rng.integers(-1020, 1021, (count, 256)).astype(np.int16)).cuda()
             out = torch.full((count, 128), -1, dtype=torch.int32, device="cuda")
             assert torch.equal(clusters.encode(fixed, bits, out), kernels.encode(fixed, bits)), (bits, count)
-        made, expected = (feedback.encode_sheets(sheets, factor, bits, one) for one in (clusters.encode, kernels.encode))
+            symbols = trellis_search.search_from_both_ends(fixed.cpu().numpy(), trellis.window_levels(bits), bits)
+            # A second time: nothing is left of the first.
+            for empty in (torch.full_like(out, -1), torch.full_like(out, -1)):
+                windows = clusters.encode_from_both_ends(fixed, bits, empty).cpu().numpy()
+                assert np.array_equal(windows, trellis.windows_of_symbols(symbols, bits)), (bits, count)
+        both = clusters.encode_from_both_ends, lambda fixed, bits: clusters.encode_from_both_ends(fixed, bits)
+        made, expected = (feedback.encode_sheets(sheets, factor, bits, one) for one in both)
         for (packed, levels), (wanted, wanted_levels) in zip(made, expected):
             assert torch.equal(packed, wanted) and torch.equal(levels, wanted_levels), bits
 
@@ -113,8 +120,9 @@ def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
 
     for architecture in ("sm_90", "sm_100", "sm_120"):
         options = f"--gpu-architecture={architecture}", "--std=c++17"
-        for bits, tiles in clusters.MOST_TILES.items():
-            assert driver.compile_source(clusters.source_of(bits, tiles), options)
+        for ends, most in clusters.MOST_TILES.items():
+            for bits, tiles in most.items():
+                assert driver.compile_source(clusters.source_of(bits, tiles, ends), options)
         source = steps.source_of(7, 4 * feedback.BATCH_STEPS) + same_layout("Arguments", steps.Arguments)
         assert driver.compile_source(source, options)
 
@@ -122,6 +130,8 @@ def test_kernels_compile_for_every_architecture_that_has_clusters() -> None:
 def test_as_many_tiles_together_as_take_least() -> None:
     from septet.quantize_gpu import clusters
 
-    chosen = {count: clusters._tiles_together(count, 66, 7) for count in (1, 66, 67, 132, 264, 448)}
+    chosen = {count: clusters._tiles_together(count, 66, 4) for count in (1, 66, 67, 132, 264, 448)}
     assert chosen == {1: 1, 66: 1, 67: 2, 132: 2, 264: 4, 448: 4}
-    assert [clusters._tiles_together(count, 66, 6) for count in (132, 448)] == [2, 1]
+    assert [clusters._tiles_together(count, 66, 2) for count in (132, 448)] == [2, 1]
+    # From both ends half as many work at the same time, each for half as long.
+    assert [clusters._tiles_together(count, 33, 8) for count in (32, 64, 224, 448)] == [1, 2, 7, 7]

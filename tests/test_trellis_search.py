@@ -13,22 +13,27 @@ WIDTHS = (6, 7, 8)
 ERROR_BARS = {6: 0.0183, 7: 0.0092, 8: 0.0050}
 
 
-def brute_force(pairs: np.ndarray, levels: np.ndarray, bits: int, state: int | None) -> np.ndarray:
-    """All symbols of the best path by trying every one, ties to the lowest last state, then the lowest last symbol, and so on.
-
-    pairs: [steps, 2]; levels: [windows, 2]. With `state` the path starts and ends there. Returns the start state, then the symbols.
-    """
-    states, steps = len(levels) >> bits, len(pairs)
-    window_bits = len(levels).bit_length() - 1
-    length = (window_bits - bits) + bits * steps
+def all_paths(pairs: np.ndarray, levels: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every path through pairs [steps, 2] with levels [windows, 2]: its stream, lowest bits first, and 16 times its squared error."""
+    length = (len(levels).bit_length() - 1 - bits) + bits * len(pairs)
     streams = np.arange(1 << length, dtype=np.int64)
-    start, end = streams & (states - 1), streams >> bits * steps
-    if state is not None:
-        streams = streams[(start == state) & (end == state)]
     cost = np.zeros(len(streams), np.int64)
     for step, pair in enumerate(pairs.astype(np.int64)):
         chosen = levels[streams >> bits * step & (len(levels) - 1)].astype(np.int64)
-        cost += ((pair / 4 - chosen) ** 2 * 16).sum(axis=1).astype(np.int64)
+        cost += ((pair - 4 * chosen) ** 2).sum(axis=1)
+    return streams, cost
+
+
+def brute_force(pairs: np.ndarray, levels: np.ndarray, bits: int, state: int | None) -> np.ndarray:
+    """All symbols of the best path by trying every one, ties to the lowest last state, then the lowest last symbol, and so on.
+
+    With `state` the path starts and ends there. Returns the start state, then the symbols.
+    """
+    states, steps = len(levels) >> bits, len(pairs)
+    streams, cost = all_paths(pairs, levels, bits)
+    if state is not None:
+        around = (streams & (states - 1) == state) & (streams >> bits * steps == state)
+        streams, cost = streams[around], cost[around]
     # A stream's highest bits are its last state and before it the last symbols: the smallest number wins a tie.
     best = streams[cost == cost.min()].min()
     return np.array([best & (states - 1)] + [best >> bits * step & ((1 << bits) - 1) for step in range(steps)])
@@ -47,6 +52,23 @@ def test_both_passes_equal_brute_force(window_bits: int, bits: int, pairs: int, 
             middle = sum(int(symbol) << bits * step for step, symbol in enumerate(around[1 + pairs :]))
             state = middle & ((1 << window_bits - bits) - 1)
             np.testing.assert_array_equal(got, brute_force(tile, levels, bits, state)[1:])
+
+
+@pytest.mark.parametrize(("window_bits", "bits", "pairs"), [(4, 2, 4), (3, 1, 6), (5, 2, 4), (6, 3, 2)])
+@pytest.mark.parametrize("largest", [127, 2])
+def test_searches_that_meet_are_as_good(window_bits: int, bits: int, pairs: int, largest: int, rng: np.random.Generator) -> None:
+    """Which of several equally good ones is found may differ, so costs are compared: around the boundary, and of the tile."""
+    mask = (1 << window_bits - bits) - 1
+    for _ in range(10):
+        levels = rng.integers(-largest, largest + 1, (1 << window_bits, 2)).astype(np.int8)
+        fixed = rng.integers(-8 * largest, 8 * largest + 1, (3, 2 * pairs)).clip(-1020, 1020)
+        for symbols, tile in zip(trellis_search.search_from_both_ends(fixed, levels, bits), fixed.reshape(3, pairs, 2)):
+            stream = sum(int(symbol) << bits * step for step, symbol in enumerate(np.tile(symbols, 4)))
+            stream &= (1 << bits * pairs + window_bits - bits) - 1
+            streams, cost = all_paths(np.concatenate([tile, tile]), levels, bits)
+            assert cost[streams >> bits * pairs & mask == stream & mask].min() == cost.min()
+            streams, cost = all_paths(tile, levels, bits)
+            assert cost[stream] == cost[(streams & mask == stream & mask) & (streams >> bits * pairs == stream & mask)].min()
 
 
 def total_cost(symbols: np.ndarray, fixed: np.ndarray, bits: int) -> np.ndarray:

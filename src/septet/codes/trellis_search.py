@@ -11,13 +11,21 @@ The state after pair p is s = w[p] >> b, the 16 - b bits that the next window st
    state) trace back to the state after pair 127.
 2. Tile. Run over pairs 0..127; that state starts at cost 0, all others at 2^22. Trace back from that same state.
    The symbol of pair p is w[p] & (2^b - 1).
+
+From both ends: the same costs, found by two searches that meet, each half as long. Backward the trellis is the same one with the bits
+of windows and states in reverse, and ties are decided by these.
+
+1. Boundary. Forward over pairs 96..127, and backward over pairs 31..0. The state after pair 127 is the one whose two costs have the
+   smallest sum (ties: lowest state).
+2. Tile. From that state forward over pairs 0..63, and backward over pairs 127..64. The state between pairs 63 and 64 is again the
+   one with the smallest sum, and both trace back from there.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["BOUNDARY_STEPS", "FORBIDDEN_COST", "search"]
+__all__ = ["BOUNDARY_STEPS", "FORBIDDEN_COST", "reversed_windows", "search", "search_from_both_ends"]
 
 #: Pairs on each side of the tile's boundary that the first pass looks at.
 BOUNDARY_STEPS = 32
@@ -48,6 +56,31 @@ def search(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
     return symbols
 
 
+def search_from_both_ends(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
+    """Encode tiles by searches that meet; arguments and result as of `search`. The number of pairs is even."""
+    pairs = fixed.reshape(len(fixed), -1, 2)
+    half, steps = pairs.shape[1] // 2, min(BOUNDARY_STEPS, pairs.shape[1])
+    turned, mirror = reversed_windows(len(levels)), reversed_windows(len(levels) >> bits)
+    ahead, back = _metric_rows(levels), _metric_rows(levels[turned])
+    start = np.zeros((len(pairs), len(mirror)), np.float32)
+    costs = _forward(pairs[:, -steps:], ahead, bits, start)[1], _forward(pairs[:, :steps][:, ::-1], back, bits, start)[1]
+    boundary = (costs[0] + costs[1][:, mirror]).argmin(axis=1)
+    found = []
+    for part, rows, state in ((pairs[:, :half], ahead, boundary), (pairs[:, half:][:, ::-1], back, mirror[boundary])):
+        cost = np.full_like(start, FORBIDDEN_COST)
+        cost[np.arange(len(pairs)), state] = 0
+        found.append(_forward(part, rows, bits, cost))
+    meeting = (found[0][1] + found[1][1][:, mirror]).argmin(axis=1)
+    ahead, back = (_trace_back(decisions, last, bits)[0] for (decisions, _), last in zip(found, (meeting, mirror[meeting])))
+    return (np.concatenate([ahead, turned[back][:, ::-1]], axis=1) & (1 << bits) - 1).astype(np.uint8)
+
+
+def reversed_windows(count: int) -> np.ndarray:
+    """For each window below `count`, a power of two, the one with its bits in reverse; int64 [count]. States are as good."""
+    bits = count.bit_length() - 1
+    return sum((np.arange(count) >> bit & 1) << bits - 1 - bit for bit in range(bits))
+
+
 def _metric_rows(levels: np.ndarray) -> np.ndarray:
     """float32 [3, 65536] so that m = [X0, X1, 1] @ rows; every partial sum is an integer below 2^24, so it is exact."""
     wide = levels.astype(np.float32)
@@ -69,7 +102,7 @@ def _tile_symbols(chunk: np.ndarray, metric_rows: np.ndarray, bits: int, boundar
     cost = np.full((len(chunk), metric_rows.shape[1] >> bits), FORBIDDEN_COST, np.float32)
     cost[np.arange(len(chunk)), boundary] = 0
     decisions, _ = _forward(chunk, metric_rows, bits, cost)
-    return _trace_back(decisions, boundary, bits)[0]
+    return (_trace_back(decisions, boundary, bits)[0] & (1 << bits) - 1).astype(np.uint8)
 
 
 def _forward(pairs: np.ndarray, metric_rows: np.ndarray, bits: int, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,12 +137,11 @@ def _forward(pairs: np.ndarray, metric_rows: np.ndarray, bits: int, cost: np.nda
 
 
 def _trace_back(decisions: np.ndarray, last: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Follow decisions [steps, n, states] back from the states `last` [n]: symbols [n, steps] and the states before step 0 [n]."""
+    """Follow decisions [steps, n, states] back from the states `last` [n]: int64 windows [n, steps] and the states before step 0 [n]."""
     steps, count, states = decisions.shape
-    symbols = np.empty((count, steps), np.uint8)
+    windows = np.empty((count, steps), np.int64)
     state, rows = last, np.arange(count)
     for step in reversed(range(steps)):
-        low = decisions[step, rows, state]
-        symbols[:, step] = low
-        state = (state << bits | low) & (states - 1)
-    return symbols, state
+        windows[:, step] = state << bits | decisions[step, rows, state]
+        state = windows[:, step] & (states - 1)
+    return windows, state

@@ -1,7 +1,8 @@
 """The encoder in CUDA C++, for GPUs whose blocks can work in clusters: a tile is searched by several multiprocessors at once.
 
 `kernels` searches a tile on one multiprocessor. Error feedback asks for few tiles at a time, 64 for a matrix of 4096 outputs, so most of a
-GPU would wait. Here blocks of a cluster share a tile, and keep its windows in registers. Compiled where it runs, see `gpu.driver`.
+GPU would wait. Here blocks of a cluster share a tile, and keep its windows in registers; and from both ends two clusters search it in half
+the time. Compiled where it runs, see `gpu.driver`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import torch
 
 from septet.codes.tile import PAIRS_PER_TILE
 from septet.codes.trellis import WINDOW_BITS
-from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
+from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST, reversed_windows
 from septet.gpu.compiled import options_of, processors_of
 from septet.gpu.driver import Kernel, compile_source, load_kernel, obstacle, shared_memory
 from septet.quantize_gpu.rotation import window_levels
 
-__all__ = ["encode", "fits", "source_of"]
+__all__ = ["encode", "encode_from_both_ends", "fits", "source_of"]
 
 #: Blocks of a cluster, and threads of a block: 64 windows for each thread, in 96 of its registers.
 PARTS = 2
 THREADS = 512
-#: How many tiles a cluster may search together.
-MOST_TILES = {6: 2, 7: 4, 8: 4}
+#: How many tiles a cluster may search together, by bits per pair; from one end, and from both.
+MOST_TILES = {1: {6: 2, 7: 4, 8: 4}, 2: {6: 4, 7: 8, 8: 8}}
 #: What a search takes beside its tiles, in times that it takes for each of them (measured; docs/log.md).
 _START = 0.25
-_POINTERS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+_EMPTY = -(1 << 31)
+_POINTERS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 
 
 def fits(device: int) -> bool:
@@ -38,7 +40,8 @@ def fits(device: int) -> bool:
 
     if os.environ.get(GPU_VARIABLE) == "triton" or obstacle() or torch.cuda.get_device_capability(device)[0] < 9:
         return False
-    return shared_memory(device) >= max(_shared_bytes(bits, tiles) for bits, tiles in MOST_TILES.items())
+    needed = [_shared_bytes(bits, tiles, ends) for ends, most in MOST_TILES.items() for bits, tiles in most.items()]
+    return shared_memory(device) >= max(needed)
 
 
 def encode(fixed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,40 +52,69 @@ def encode(fixed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> t
         bits: bits per pair.
         out: int32 [tiles, 128], where to put the windows; None: a new tensor.
     """
+    return _launch(fixed, bits, out, 1)
+
+
+def encode_from_both_ends(fixed: torch.Tensor, bits: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """As `encode`, by `codes.trellis_search.search_from_both_ends`: a path of the same cost, in half the time when tiles are few.
+
+    One call at a time on a GPU.
+    """
+    return _launch(fixed, bits, out, 2)
+
+
+def _launch(fixed: torch.Tensor, bits: int, out: torch.Tensor | None, ends: int) -> torch.Tensor:
     device, count = fixed.device.index, len(fixed)
     windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device) if out is None else out
-    tiles = _tiles_together(count, processors_of(device) // PARTS, bits)
-    levels = window_levels(bits, str(fixed.device))
-    arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), count
-    _kernel(device, bits, tiles).launch((PARTS * -(-count // tiles), 1), torch.cuda.current_stream(device).cuda_stream, *arguments)
+    tiles = _tiles_together(count, processors_of(device) // (PARTS * ends), MOST_TILES[ends][bits])
+    levels = window_levels(bits, str(fixed.device)) if ends == 1 else _levels_both_ways(bits, str(fixed.device))
+    meetings = None if ends == 1 else _meetings(str(fixed.device), bits, count).data_ptr()
+    arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), meetings, count
+    grid = PARTS * ends * -(-count // tiles), 1
+    _kernel(device, bits, tiles, ends).launch(grid, torch.cuda.current_stream(device).cuda_stream, *arguments)
     return windows
 
 
-def _tiles_together(count: int, places: int, bits: int) -> int:
-    """With how many tiles for each cluster `count` tiles take least, when so many clusters work at the same time."""
+def _tiles_together(count: int, places: int, most: int) -> int:
+    """With how many tiles each `count` tiles take least, when so many places work at the same time."""
 
     def time(tiles: int) -> float:
         return -(-count // (tiles * places)) * (_START + tiles)
 
-    return min(range(1, MOST_TILES[bits] + 1), key=time)
+    return min(range(1, most + 1), key=time)
 
 
-def source_of(bits: int, tiles: int, parts: int = PARTS, threads: int = THREADS) -> str:
+@cache
+def _levels_both_ways(bits: int, device: str) -> torch.Tensor:
+    """Levels of each window and of each that is read backward, int8 [2, 65536, 2]."""
+    levels = window_levels(bits, device)
+    return torch.stack([levels, levels[torch.from_numpy(reversed_windows(len(levels))).to(device)]])
+
+
+@cache
+def _meetings(device: str, bits: int, count: int) -> torch.Tensor:
+    """Where the two clusters of each of `count` tiles leave costs for each other, int32 [count, 2, 2, states]; empty between calls."""
+    return torch.full((count, 2, 2, 1 << WINDOW_BITS - bits), _EMPTY, dtype=torch.int32, device=device)
+
+
+def source_of(bits: int, tiles: int, ends: int, parts: int = PARTS, threads: int = THREADS) -> str:
     """The source of a variant."""
-    macros = {"BITS": bits, "PARTS": parts, "THREADS": threads, "TILES": tiles, "AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
+    macros = {"BITS": bits, "PARTS": parts, "THREADS": threads, "TILES": tiles, "ENDS": ends}
+    macros |= {"AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
     lines = [f"#define {name} {value}" for name, value in macros.items()]
     return "\n".join([*lines, (Path(__file__).parent / "encode.cu").read_text()])
 
 
 @cache
-def _kernel(device: int, bits: int, tiles: int) -> Kernel:
-    image = compile_source(source_of(bits, tiles), options_of(device))
-    return load_kernel(image, "encode", _POINTERS, THREADS, _shared_bytes(bits, tiles))
+def _kernel(device: int, bits: int, tiles: int, ends: int) -> Kernel:
+    image = compile_source(source_of(bits, tiles, ends), options_of(device))
+    return load_kernel(image, "encode", _POINTERS, THREADS, _shared_bytes(bits, tiles, ends))
 
 
-def _shared_bytes(bits: int, tiles: int) -> int:
-    """Costs of two steps, weights, two barriers and an end for each tile, and the survivors of those that a block traces back."""
+def _shared_bytes(bits: int, tiles: int, ends: int) -> int:
+    """Costs of two steps, weights, two barriers and a boundary for each tile, and the survivors of those that a block traces back."""
     states, branches = 1 << WINDOW_BITS - bits, 1 << bits
     # A row of costs for each of the states that share their first bits, as in encode.cu.
     row = branches + 4 * (branches * PARTS * THREADS >> WINDOW_BITS)
-    return tiles * (4 * (2 * (states // branches) * row + PAIRS_PER_TILE) + 2 * 8 + 4) + -(-tiles // PARTS) * PAIRS_PER_TILE * states
+    each = 4 * (2 * (states // branches) * row + PAIRS_PER_TILE) + 2 * 8 + 4
+    return tiles * each + -(-tiles // PARTS) * PAIRS_PER_TILE // ends * states

@@ -1,4 +1,10 @@
-// The trellis encoder, exactly the search of codes/trellis_search.py, for GPUs whose blocks can form clusters.
+// The trellis encoder, exactly the searches of codes/trellis_search.py, for GPUs whose blocks can form clusters.
+//
+// With ENDS = 1 a tile is searched from its first pair to its last. With ENDS = 2 one cluster goes forward and another backward, from the
+// boundary on both sides of it, and then through a half of the tile each; where they meet, the least sum of both costs says which state
+// the best path has. That takes half as long. Read backward, the trellis is the same one with the bits of windows and states in reverse,
+// so both run the same code on tables of their own. Neighbouring clusters that meet wait for each other's costs: blocks start in order, so
+// the second is there as soon as two clusters have room. A cost that nobody has sent yet is EMPTY, and so it is left again.
 //
 // PARTS blocks of THREADS threads search TILES tiles together. A thread keeps its share of the 65536 windows in registers for all steps
 // and tiles: levels, and 32 times the part of the metric that knows no weights. So a window takes two instructions a step: a dot product
@@ -13,12 +19,14 @@
 // costs of one tile travel while the next is computed. When all have come, every thread has read what they replace a step later. A
 // barrier takes its time for everything it counts, so four costs go together.
 //
-// Macros: BITS, PARTS, THREADS, TILES, AROUND (even), FORBIDDEN.
+// Macros: BITS, PARTS, THREADS, TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
 typedef unsigned int u32;
 typedef unsigned char u8;
 
 constexpr int PAIRS = 128;
+constexpr int STEPS = PAIRS / ENDS;
+constexpr int STEPS_AROUND = 2 * AROUND / ENDS;
 constexpr int STATES = 1 << (16 - BITS);
 constexpr int BRANCHES = 1 << BITS;
 constexpr int GROUPS = 1 << (16 - 2 * BITS);
@@ -30,10 +38,10 @@ constexpr int BUFFER = GROUPS * ROW;
 constexpr int COSTS = 0;
 constexpr int WEIGHTS = COSTS + TILES * 2 * BUFFER * 4;
 constexpr int BARRIERS = WEIGHTS + TILES * PAIRS * 4;
-constexpr int ENDS = BARRIERS + TILES * 2 * 8;
-constexpr int SURVIVORS = ENDS + TILES * 4;
+constexpr int BOUNDARIES = BARRIERS + TILES * 2 * 8;
+constexpr int SURVIVORS = BOUNDARIES + TILES * 4;
 
-static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 8 && PARTS < 4 && AROUND % 2 == 0, "no such cut");
+static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 8 && PARTS < 4 && AROUND % 4 == 0, "no such cut");
 
 __device__ __forceinline__ u32 address_in(u32 local, u32 block)
 {
@@ -105,7 +113,36 @@ __device__ __forceinline__ int place(int low)
 // Where the block that traces a tile back has its survivors.
 __device__ __forceinline__ int survivors_of(int tile)
 {
-    return SURVIVORS + tile / PARTS * PAIRS * STATES;
+    return SURVIVORS + tile / PARTS * STEPS * STATES;
+}
+
+// The number that the other direction has for a state, and for a window.
+__device__ __forceinline__ int reversed_state(int state)
+{
+    return __brev(state) >> (16 + BITS);
+}
+
+__device__ __forceinline__ int reversed_window(int window)
+{
+    return __brev(window) >> 16;
+}
+
+// A cost for the other cluster, and one from there: costs are words that are EMPTY or not, so nothing else has to be said.
+constexpr int EMPTY = 0x80000000;
+
+__device__ __forceinline__ void hand_over(int* there, int cost)
+{
+    asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(there), "r"(cost) : "memory");
+}
+
+__device__ __forceinline__ int receive(int* here)
+{
+    int cost;
+    do
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(cost) : "l"(here) : "memory");
+    while (cost == EMPTY);
+    hand_over(here, EMPTY);
+    return cost;
 }
 
 // Where the cost of a state is.
@@ -118,19 +155,20 @@ struct Thread
 {
     u32 levels[EACH / 2];
     int part[EACH];
-    int state, group, share;
+    int state, group, share, direction;
     u32 here, everywhere[PARTS];
 };
 
-// Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
-__device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begin, int steps)
+// Steps from pair `begin` on. Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
+template <bool survivors>
+__device__ __forceinline__ void search(const Thread& mine, u8* memory, int begin, int steps)
 {
     // Four neighbouring states and their threads: all of these know all results, and each does something else with them.
     const int four_threads = 4 * SHARE, first = mine.state & ~3, role = threadIdx.x % four_threads;
     const int first_place = place(first & (BRANCHES - 1));
     for (int step = 0; step < steps; step++)
     {
-        const int pair = (begin + step) & (PAIRS - 1), old = step & 1;
+        const int pair = (begin + mine.direction * step) & (PAIRS - 1), old = step & 1;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
         {
@@ -178,7 +216,7 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
             for (int block = 0; block < PARTS; block++)
                 if (role == block)
                     send(mine.everywhere[block] + to, values, mine.everywhere[block] + incoming);
-            if (role == PARTS)
+            if (survivors && role == PARTS)
                 put(mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + first, lows);
         }
     }
@@ -187,38 +225,60 @@ __device__ __forceinline__ void forward(const Thread& mine, u8* memory, int begi
     meet();
 }
 
+// The cheapest of all states, ties: the lowest, of which `cost` knows the costs; by one warp.
+template <class Cost>
+__device__ __forceinline__ int cheapest(const Cost& cost)
+{
+    long long best = 0x7fffffffffffffffll;
+    for (int state = threadIdx.x % 32; state < STATES; state += 32)
+        best = min(best, ((long long)cost(state) << 16) | state);
+    for (int distance = 1; distance < 32; distance *= 2)
+        best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    return (int)(best & 0xffff);
+}
+
 // The state after pair 127 of the best path around the tile's boundary; by one warp of the block that has the survivors.
 __device__ __forceinline__ int boundary_state(const u8* memory, int tile)
 {
     const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
-    long long best = 0x7fffffffffffffffll;
-    for (int state = threadIdx.x % 32; state < STATES; state += 32)
-        best = min(best, ((long long)(costs[at(state)] >> 5) << 16) | state);
-    for (int distance = 1; distance < 32; distance *= 2)
-        best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
-    int state = (int)(best & 0xffff);
+    int state = cheapest([&](int s) { return costs[at(s)] >> 5; });
     for (int step = 2 * AROUND - 1; step >= AROUND; step--)
         state = ((state << BITS) | memory[survivors_of(tile) + step * STATES + state]) & (STATES - 1);
     return state;
 }
 
+// The state in which the best path goes from one cluster's pairs to the other's; by one warp of both. `meeting` has room for the costs that
+// both send, int [2, STATES], by the numbers that the states have forward.
+__device__ __forceinline__ int meeting_state(const u8* memory, int tile, int* meeting, int end)
+{
+    const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
+    const auto own = [&](int s) { return costs[at(end ? reversed_state(s) : s)] >> 5; };
+    for (int state = threadIdx.x % 32; state < STATES; state += 32)
+        hand_over(meeting + end * STATES + state, own(state));
+    const int state = cheapest([&](int s) { return own(s) + receive(meeting + (1 - end) * STATES + s); });
+    return end ? reversed_state(state) : state;
+}
+
+// fixed: [tiles, 256]. levels: [ENDS, 65536, 2], for ENDS = 2 forward and backward. windows: [tiles, 128]. meetings: for ENDS = 2 [tiles, 2,
+// 2, STATES], all EMPTY before and after.
 extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
-    encode(const short* fixed, const signed char* levels, int* windows, int tiles)
+    encode(const short* fixed, const signed char* levels, int* windows, int* meetings, int tiles)
 {
     extern __shared__ __align__(16) u8 memory[];
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    const int first = blockIdx.x / PARTS * TILES;
+    const int cluster = blockIdx.x / PARTS, end = cluster % ENDS, first = cluster / ENDS * TILES;
 
     Thread mine;
     const int number = threadIdx.x / SHARE;
     mine.share = threadIdx.x % SHARE;
     mine.state = rank * (STATES / PARTS) + number;
     mine.group = mine.state % GROUPS;
+    mine.direction = end ? -1 : 1;
 #pragma unroll
     for (int four = 0; four < EACH / 4; four++)
     {
-        const int window = mine.state * BRANCHES + four * 4 * SHARE + mine.share * 4;
+        const int window = end * 65536 + mine.state * BRANCHES + four * 4 * SHARE + mine.share * 4;
         const uint2 pairs = *(const uint2*)(levels + 2 * window);
         mine.levels[2 * four] = pairs.x;
         mine.levels[2 * four + 1] = pairs.y;
@@ -239,8 +299,10 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     }
     // A warp traces a tile back, in a block of its own as far as there are enough.
     const int traced = rank + threadIdx.x / 32 * PARTS;
+    const bool real = traced < TILES && first + traced < tiles;
+    int* const meeting = meetings + (long long)(first + traced) * 4 * STATES;
 
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
     for (int index = threadIdx.x; index < TILES * PAIRS; index += THREADS)
     {
         const int tile = first + index / PAIRS;
@@ -252,31 +314,37 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(index % STATES)] = place(index % STATES & (BRANCHES - 1));
     __syncthreads();
     meet();
-    forward(mine, memory, PAIRS - AROUND, 2 * AROUND);
+    search<ENDS == 1>(mine, memory, end ? AROUND - 1 : PAIRS - AROUND, STEPS_AROUND);
     if (traced < TILES)
     {
-        const int state = boundary_state(memory, traced);
+        int state = 0;
+        if (real)
+            state = ENDS == 1 ? boundary_state(memory, traced) : meeting_state(memory, traced, meeting, end);
         if (threadIdx.x % 32 < PARTS)
-            put(address_in(mine.here, threadIdx.x % 32) + ENDS + traced * 4, state);
+            put(address_in(mine.here, threadIdx.x % 32) + BOUNDARIES + traced * 4, state);
     }
     meet();
     for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
     {
-        const int state = index % STATES, end = ((const int*)(memory + ENDS))[index / STATES];
-        const int cost = state == end ? 0 : FORBIDDEN;
+        const int state = index % STATES, boundary = ((const int*)(memory + BOUNDARIES))[index / STATES];
+        const int cost = state == boundary ? 0 : FORBIDDEN;
         ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(state)] = cost * 32 + place(state & (BRANCHES - 1));
     }
     __syncthreads();
     meet();
-    forward(mine, memory, 0, PAIRS);
-    if (traced < TILES && first + traced < tiles && threadIdx.x % 32 == 0)
+    search<true>(mine, memory, end ? PAIRS - 1 : 0, STEPS);
+    if (!real)
+        return;
+    int state = ((const int*)(memory + BOUNDARIES))[traced];
+    if (ENDS == 2)
+        state = meeting_state(memory, traced, meeting + 2 * STATES, end);
+    if (threadIdx.x % 32 != 0)
+        return;
+    for (int step = STEPS - 1; step >= 0; step--)
     {
-        int state = ((const int*)(memory + ENDS))[traced];
-        for (int step = PAIRS - 1; step >= 0; step--)
-        {
-            const int window = (state << BITS) | memory[survivors_of(traced) + step * STATES + state];
-            windows[(long long)(first + traced) * PAIRS + step] = window;
-            state = window & (STATES - 1);
-        }
+        const int window = (state << BITS) | memory[survivors_of(traced) + step * STATES + state];
+        const int pair = end ? PAIRS - 1 - step : step;
+        windows[(long long)(first + traced) * PAIRS + pair] = end ? reversed_window(window) : window;
+        state = window & (STATES - 1);
     }
 }

@@ -95,18 +95,17 @@ class _Family:
         first: their first row of tiles among all.
         factors: of their outputs.
         rows: of tiles in each sheet.
-        device: where they are.
+        across: room for all coefficients, [sheets, rows * 64, rows * 64], 0, where they are.
     """
 
-    def __init__(self, sheets: list[int], first: int, factors: list[Factor], rows: int, device: torch.device) -> None:
+    def __init__(self, sheets: list[int], first: int, factors: list[Factor], rows: int, across: torch.Tensor) -> None:
         self.sheets, self.rows, self.tiles = sheets, rows, slice(first, first + len(sheets) * rows)
-        size = rows * TILE_OUTPUTS
-        #: float64 [sheets, rows, 64, rows * 64]
-        self.across = torch.zeros((len(sheets), size, size), dtype=torch.float64, device=device)
-        for matrix, factor in zip(self.across, factors):
+        for matrix, factor in zip(across, factors):
             matrix[: len(factor.coefficients), : len(factor.coefficients)] = factor.coefficients.T
-        self.across = self.across.reshape(len(sheets), rows, TILE_OUTPUTS, size)
-        self.per_output = torch.tensor([0.5**factor.shift for factor in factors], dtype=torch.float64, device=device)[:, None, None, None]
+        #: [sheets, rows, 64, rows * 64]
+        self.across = across.reshape(len(sheets), rows, TILE_OUTPUTS, -1)
+        per_output = torch.tensor([0.5**factor.shift for factor in factors], dtype=torch.float64, device=across.device)
+        self.per_output = per_output[:, None, None, None]
 
     def from_rows(self, errors: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """What errors of later rows in the same column ask of each row, in the unit of errors.
@@ -144,9 +143,13 @@ class _Work:
                 families[-1][2].append(position)
             delays += list(range(counts[position] - 1, -1, -1)) if known else [0] * counts[position]
             first += counts[position]
-        self._families = [
-            _Family(members, start, [sheets[member].outputs for member in members], rows, device) for rows, start, members in families
-        ]
+        # Kernels that do a step at once, where they can be had and nobody has brought another encoder, read coefficients as int32.
+        fused = encoder is clusters.encode_from_both_ends
+        self._families = []
+        for rows, start, members in families:
+            shape, dtype = (len(members), rows * TILE_OUTPUTS, rows * TILE_OUTPUTS), torch.int32 if fused else torch.float64
+            across = torch.zeros(shape, dtype=dtype, device=device)
+            self._families.append(_Family(members, start, [sheets[member].outputs for member in members], rows, across))
         self._counts, tiles, most = counts, len(delays), max(delays)
         self._inputs, self._columns = inputs, -(-inputs // TILE_INPUTS)
         self.steps = self._columns + most
@@ -181,12 +184,9 @@ class _Work:
             part = slice(first, first + count)
             self._weights[part, self._left : self._left + self._columns] = _tiles(_in_quarter_levels(sheet.rotated, bits))
             self._real_rows[part].view(-1)[: len(sheet.rotated)] = 1
-        self._fused = self._fused_steps()
+        self._fused = self._fused_steps() if fused else None
 
-    def _fused_steps(self) -> Steps | None:
-        """The kernels that do a step at once, where they can be had and nobody has brought another encoder."""
-        if self._encoder is not clusters.encode:
-            return None
+    def _fused_steps(self) -> Steps:
         tensors = {"weights": self._weights, "errors": self._errors, "mixed": self._mixed, "levels": self._levels}
         tensors |= {"symbols": self._symbols, "before": self._before, "local": self._local, "recent": self._recent, "now": self._now}
         tensors |= {"delays": self._delays, "real_rows": self._real_rows, "real_columns": self._real_columns}

@@ -22,6 +22,8 @@ __all__ = ["Arguments", "Steps", "source_of"]
 
 _TENSORS = ("weights", "errors", "mixed", "levels", "symbols", "before", "local", "recent", "real_rows", "real_columns", "now", "delays")
 _OWN = ("across", "strides", "later", "per_output", "fixed", "asked", "windows", "table")
+#: Blocks of `target` for each row of tiles: eight warps of two outputs each.
+_BLOCKS_OF_TARGET = TILE_OUTPUTS // 16
 
 
 class Arguments(ctypes.Structure):
@@ -35,7 +37,7 @@ class Steps:
 
     Args:
         tensors: the state by the names in step.cu, contiguous, where it stays; `errors` and `mixed` may be one.
-        across: of rows of tiles whose outputs know each other: (first row of tiles, coefficients float64 [sheets, R, 64, R * 64],
+        across: of rows of tiles whose outputs know each other: (first row of tiles, coefficients int32 [sheets, R, 64, R * 64],
             float64 [sheets] what to multiply sums by).
         per_input: what to multiply sums over inputs by.
         bits: bits per pair.
@@ -77,8 +79,8 @@ class Steps:
     def step(self, number: int) -> None:
         """Step `number` of a batch."""
         stream = torch.cuda.current_stream(self._fixed.device).cuda_stream
-        self._target.launch((self._tiles, 1), stream, self._arguments, number)
-        clusters.encode(self._fixed, self._bits, self._windows)
+        self._target.launch((self._tiles, _BLOCKS_OF_TARGET), stream, self._arguments, number)
+        clusters.encode_from_both_ends(self._fixed, self._bits, self._windows)
         self._accept.launch((self._tiles, 1), stream, self._arguments, number)
 
 

@@ -29,7 +29,7 @@ from septet.quantize_gpu.uploads import uploaded
 __all__ = ["Settings", "quantize_trellis"]
 
 #: Rows whose outputs do not know each other are worked off in pieces of about this many weights.
-_PIECE_WEIGHTS = 1 << 25
+_PIECE_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,9 @@ class _Work:
 
     def run(self, pieces: list[_Piece]) -> list[_Coded]:
         """Quantize some pieces."""
-        bits, encoder, metric = self.settings.bits_per_pair, self.settings.encoder or _kernel(self.device), self.metric
-        rotated = [self._rotated(piece) for piece in pieces]
+        bits, metric = self.settings.bits_per_pair, self.metric
+        encoder = self.settings.encoder or _kernel(self.device, feedback=metric.known is not None)
+        rotated = self._rotated(pieces)
         metric.drift = None
         if metric.known is None:
             encoded = [encode_plainly(rows, bits, encoder) for rows, _ in rotated]
@@ -208,19 +209,21 @@ class _Work:
             sheets = [Sheet(rows, self._output_factor(piece, scale)) for piece, (rows, scale) in zip(pieces, rotated)]
             encoded = encode_sheets(sheets, metric.known.factor(TILE_INPUTS), bits, encoder)
             metric.known.hessian()
-        return [self._finished(*parts) for parts in zip(pieces, rotated, encoded)]
+        return self._finished(pieces, rotated, encoded)
 
-    def _rotated(self, piece: _Piece) -> tuple[torch.Tensor, np.ndarray]:
-        """Rotated weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n]."""
-        bits, wanted = self.settings.bits_per_pair, self.wanted[piece.tensor][piece.rows]
-        rows, scale = self._rotate(piece, wanted)
+    def _rotated(self, pieces: list[_Piece]) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """Of each piece rotated weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n]."""
+        bits, block = self.settings.bits_per_pair, self.blocks[1]
         reach = max(trellis_code.WIDTHS[bits].table) / trellis_code.WIDTHS[bits].levels_per_sigma
-        if sums.clips(rows, reach, self.blocks[1], scales.CLIPPING_IGNORED):
-            rows, scale = self._rotate(piece, wanted * scales.headroom(rows.cpu().numpy(), bits, self.blocks[1]))
-        return rows, scale
+        rotated = [self._rotate(piece) for piece in pieces]
+        # All are looked at before anything waits for the GPU.
+        clipping = [sums.clips(rows, reach, block, scales.CLIPPING_IGNORED) for rows, _ in rotated]
+        for number in torch.stack(clipping).nonzero().flatten().tolist():
+            rotated[number] = self._rotate(pieces[number], scales.headroom(rotated[number][0].cpu().numpy(), bits, block))
+        return rotated
 
-    def _rotate(self, piece: _Piece, wanted: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        weight = self.weights[piece.tensor][piece.rows].to(self.device)
+    def _rotate(self, piece: _Piece, headroom: np.ndarray | float = 1.0) -> tuple[torch.Tensor, np.ndarray]:
+        weight, wanted = self.weights[piece.tensor][piece.rows].to(self.device), self.wanted[piece.tensor][piece.rows] * headroom
         per_sigma = trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma
         scale = scales.round_to_float16(wanted / per_sigma, self.names[piece.tensor])
         rows = rotate(weight, self._sigma(scale), self.input_scale, *self.blocks)
@@ -229,36 +232,50 @@ class _Work:
     def _sigma(self, scale: np.ndarray) -> torch.Tensor:
         """What a standard deviation in the coded basis is before it, float32 [n], from a scale, float16 [n]."""
         sigma = scale.astype(np.float32) * np.float32(trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma)
-        return torch.from_numpy(sigma).to(self.device)
+        return torch.from_numpy(sigma).to(self.device, non_blocking=True)
 
     def _output_factor(self, piece: _Piece, scale: np.ndarray) -> Factor | None:
         if piece.sensitivity is None:
             return None
         return output_factor(piece.sensitivity, scale.astype(np.float64), self.blocks[1], self.device)
 
-    def _finished(self, piece: _Piece, rotated: tuple[torch.Tensor, np.ndarray], encoded: tuple[torch.Tensor, torch.Tensor]) -> _Coded:
-        """The finished piece: scales fitted again, and how far it is from its weights."""
-        (rows, scale), (packed, levels) = rotated, encoded
+    def _finished(
+        self, pieces: list[_Piece], rotated: list[tuple[torch.Tensor, np.ndarray]], encoded: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[_Coded]:
+        """The finished pieces: scales fitted again, and how far they are from their weights. Nothing waits while there is work to send."""
+        kept = [scale for _, scale in rotated]
         if self.metric.known is not None:
-            scale = self._refit(rows, levels, scale, self.names[piece.tensor])
-        stored = torch.from_numpy(scale.astype(np.float32)).to(self.device)
+            sides = [self._refit_sides(rows, levels, scale) for (rows, scale), (_, levels) in zip(rotated, encoded)]
+            names = [self.names[piece.tensor] for piece in pieces]
+            kept = [better_scales(old, *(side.cpu().numpy() for side in both), name) for old, both, name in zip(kept, sides, names)]
+        errors = [self._errors(piece, levels, scale) for piece, (_, levels), scale in zip(pieces, encoded, kept)]
+        return [
+            _Coded(to_host(packed).numpy(), scale, float(difference), float(energy))
+            for (packed, _), scale, (difference, energy) in zip(encoded, kept, errors)
+        ]
+
+    def _errors(self, piece: _Piece, levels: torch.Tensor, scale: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squares of what a piece is off, and of its weights, float64 []."""
+        stored = torch.from_numpy(scale.astype(np.float32)).to(self.device, non_blocking=True)
         decoded = unrotate(levels, stored, self.input_scale, *self.blocks)
         weight = self.weights[piece.tensor][piece.rows].to(self.device).double()
-        energy = float(weight.square().sum())
-        return _Coded(to_host(packed).numpy(), scale, float((weight - decoded).square_().sum()), energy)
+        energy = weight.square().sum()
+        return (weight - decoded).square_().sum(), energy
 
-    def _refit(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, name: str) -> np.ndarray:
-        """`quantize.refit.refit_output_scale`: better output scales for given levels, float16 [n]."""
+    def _refit_sides(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides of `quantize.refit.refit_output_scale`, of better output scales for given levels: float64 [n] each."""
         rows = hadamard_outputs(levels.float(), self.blocks[1]).double()
         targets = hadamard_outputs(rotated, self.blocks[1]) * self._sigma(scale)[:, None]
         weighted = rows @ self.metric.known.matrix
-        linear = (weighted * targets).sum(1).cpu().numpy()
-        return better_scales(scale, linear, weighted.mul_(rows).sum(1).cpu().numpy(), name)
+        linear = (weighted * targets).sum(1)
+        return linear, weighted.mul_(rows).sum(1)
 
 
-def _kernel(device: str) -> Encoder:
-    """The quickest encoder of a GPU."""
+def _kernel(device: str, feedback: bool) -> Encoder:
+    """The quickest encoder of a GPU; without feedback one that decides ties as the processor does."""
     from septet.quantize_gpu import clusters, kernels
 
     number = torch.device(device).index
-    return clusters.encode if clusters.fits(torch.cuda.current_device() if number is None else number) else kernels.encode
+    if not clusters.fits(torch.cuda.current_device() if number is None else number):
+        return kernels.encode
+    return clusters.encode_from_both_ends if feedback else clusters.encode
