@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +58,9 @@ def check_device(device: str) -> None:
     wanted = [int(number[1] or 0) for number in numbers]
     if len({*wanted}) < len(wanted):
         raise OptionError("every GPU of a list must come once", device, "correct the option")
+    # Groups of layers differ so much in size that what one frees would lie in pieces too small for the next; torch reads this when it first
+    # takes memory of a GPU.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         import torch
     except ImportError as error:

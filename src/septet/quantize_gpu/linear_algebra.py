@@ -149,7 +149,7 @@ def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, 
     known = decompose(hessian, DAMPINGS)
     drift = None if known is None or statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
     if drift is not None:
-        finite = math.isfinite(float(drift.sum(dtype=torch.float64)))
+        finite = all(math.isfinite(float(limit)) for limit in drift.aminmax())
         drift = _rotate(drift, input_scale, block).mul_(DRIFT_SHARE / known.mean) if finite else None
     return InputMetric(known, drift)
 
@@ -227,7 +227,8 @@ def _slabs(size: int) -> list[slice]:
 
 def _owned(matrix: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An array's values in a new tensor, or a tensor itself if it can be."""
-    return matrix.to(device, dtype) if isinstance(matrix, torch.Tensor) else torch.tensor(matrix, device=device).to(dtype)
+    # Not converted on the way: the processor would do that.
+    return matrix.to(device, dtype) if isinstance(matrix, torch.Tensor) else torch.from_numpy(matrix).to(device, copy=True).to(dtype)
 
 
 def _without_damage(hessian: torch.Tensor) -> torch.Tensor:

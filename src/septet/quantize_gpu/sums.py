@@ -9,27 +9,40 @@ from septet.quantize import scales
 
 __all__ = ["clips", "column_norms", "row_norms"]
 
+#: Numbers that are widened at a time; a matrix of 28672 x 8192 would take 1.9 GB.
+_SLAB = 1 << 26
+
 
 def row_norms(weight: torch.Tensor, column_scale: np.ndarray | None = None) -> np.ndarray:
     """`quantize.scales.row_norms`: float32 [N, K] on a device, float32 [K] -> float64 [N]."""
-    rows = weight.double()
-    if column_scale is not None:
-        rows /= torch.from_numpy(column_scale).to(weight.device).double()
-    squares = _sum_columns(rows.mul_(rows).T.contiguous())
-    return np.sqrt(squares / max(weight.shape[1], 1))
+    divisor = None if column_scale is None else torch.from_numpy(column_scale).to(weight.device).double()
+
+    def squares(slab: slice) -> np.ndarray:
+        rows = weight[slab].double()
+        if divisor is not None:
+            rows /= divisor
+        return _sum_columns(rows.square_().T.contiguous())
+
+    return np.sqrt(np.concatenate([squares(slab) for slab in _slabs(*weight.shape)]) / max(weight.shape[1], 1))
 
 
 def column_norms(weight: torch.Tensor) -> np.ndarray:
     """`quantize.scales.column_norms`: float32 [N, K] on a device -> float64 [K]."""
-    rows = weight.double()
-    return np.sqrt(_sum_columns(rows.mul_(rows)) / max(weight.shape[0], 1))
+    squares = [_sum_columns(weight[:, slab].double().square_()) for slab in _slabs(weight.shape[1], weight.shape[0])]
+    return np.sqrt(np.concatenate(squares) / max(weight.shape[0], 1))
 
 
-def clips(rotated: torch.Tensor, reach: float, output_block: int, ignored: float) -> bool:
-    """Whether in a block of rows more than `ignored` of the mean energy lies beyond what the levels reach."""
+def clips(rotated: torch.Tensor, reach: float, output_block: int, ignored: float) -> torch.Tensor:
+    """Whether in a block of rows more than `ignored` of the mean energy lies beyond what the levels reach: bool, where the rows are."""
     beyond = (rotated.abs() - reach).clamp_(min=0).square_()
     lost = beyond.sum(1, dtype=torch.float64).reshape(-1, output_block).sum(1) / (output_block * rotated.shape[1])
-    return bool((lost > ignored).any())
+    return (lost > ignored).any()
+
+
+def _slabs(count: int, size: int) -> list[slice]:
+    """`count` rows or columns of `size` numbers, in slabs that take little memory in float64."""
+    step = max(1, _SLAB // max(size, 1))
+    return [slice(start, start + step) for start in range(0, max(count, 1), step)]
 
 
 def _sum_columns(values: torch.Tensor) -> np.ndarray:
