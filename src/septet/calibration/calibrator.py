@@ -27,6 +27,7 @@ from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize
 from septet.quantize.scales import sum_all
+from septet.quantize_gpu.uploads import bring
 
 __all__ = ["Calibrator"]
 
@@ -167,7 +168,10 @@ class Calibrator:
             self._hidden = [moved for part in parts for _, moved in part]
             self._blocks[self._current].to("meta")
         self._current += 1
-        block = self._blocks[self._current].to(self._machine.device).float()
+        block = self._blocks[self._current]
+        if self._machine.is_gpu:
+            bring(block, self._machine.device)
+        block.float()
         members = [layer for layer in self._layers if self._block_of(layer) == self._current]
         self._passes = Passes(self._chain, self._current, block, list(map(self._name_within, members)), self._machine)
         if self._sensitivity is not None:

@@ -146,7 +146,8 @@ class Sensitivity:
     def _load(self, key: str) -> np.ndarray | None:
         if self._folder is None:
             return self._arrays.get(key)
-        return load_array(self._file(key)) if self._file(key).is_file() else None
+        page_locked = self._beside and torch.cuda.is_available()
+        return load_array(self._file(key), page_locked) if self._file(key).is_file() else None
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
@@ -199,13 +200,22 @@ def save_array(path: Path, array: np.ndarray) -> None:
     os.replace(unfinished, path)
 
 
-def load_array(path: Path) -> np.ndarray:
+def load_array(path: Path, page_locked: bool = False) -> np.ndarray:
     """Read what `save_array` wrote; a file that says more than it holds takes no memory.
+
+    Args:
+        path: of the file.
+        page_locked: into memory of that kind, from which a GPU reads several times as fast.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, EOFError, ValueError) as error:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not page_locked:
+            return np.array(mapped)
+        array = torch.empty(mapped.shape, dtype=torch.from_numpy(np.empty(0, mapped.dtype)).dtype, pin_memory=True).numpy()
+        np.copyto(array, mapped)
+        return array
+    except (OSError, EOFError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path.name} must hold an array", error, _AGAIN.format(path.parent)) from error

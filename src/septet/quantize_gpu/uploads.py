@@ -1,4 +1,4 @@
-"""Matrices of a checkpoint on their way to a GPU: threads read pieces into page-locked memory, each sent while others are read.
+"""Matrices and blocks of a model on their way to a GPU: threads read pieces into page-locked memory, each sent while others are read.
 
 Nothing passes through memory that is new to the process, which would take longer than all the rest.
 """
@@ -13,10 +13,11 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
+from torch import nn
 
 from septet.quantize.tensor import RowSource
 
-__all__ = ["uploaded"]
+__all__ = ["bring", "uploaded"]
 
 #: Bytes of a piece, and how many there are; a thread for each.
 _PIECE = 1 << 22
@@ -68,6 +69,15 @@ def uploaded(weight: RowSource, device: str) -> torch.Tensor:
     there = torch.empty(2 * weight.shape[0] * weight.shape[1], dtype=torch.uint8, device=device)
     _staging(device).send(weight.bfloat16_bytes, there)
     return there.view(torch.bfloat16).view(weight.shape).float()
+
+
+def bring(module: nn.Module, device: str) -> None:
+    """Move the tensors of a module from the host's memory to a device, with their dtypes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        here = tensor.data.contiguous().view(-1).view(torch.uint8).numpy()
+        there = torch.empty(len(here), dtype=torch.uint8, device=device)
+        _staging(device).send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), there)
+        tensor.data = there.view(tensor.dtype).view(tensor.shape)
 
 
 @cache
