@@ -29,7 +29,7 @@ from septet.quantize_gpu.uploads import uploaded
 __all__ = ["Settings", "quantize_trellis"]
 
 #: Rows whose outputs do not know each other are worked off in pieces of about this many weights.
-_PIECE_WEIGHTS = 1 << 22
+_PIECE_WEIGHTS = 1 << 25
 
 
 @dataclass(frozen=True)
