@@ -97,7 +97,7 @@ struct Windows {
     template <int step>
     __m256i cut(const uint8_t* tile) const {
         const __m128i low = tile_part<bits, 2 * bits * step>(tile);
-        if constexpr (bits == 8) return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), tile_part<8, 16 * step + 8>(tile), 1), bytes);
+        if constexpr (bits == 8) return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), (tile_part<8, 16 * step + 8>(tile)), 1), bytes);
         const __m256i first = _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), bytes), shifts);
         return _mm256_blend_epi16(first, _mm256_slli_epi32(first, 16 - bits), 0xAA);
     }
