@@ -8,9 +8,33 @@
 namespace septet {
 namespace {
 
+// Bytes of `set` where bit 7 of the selector is set. An instruction, because GCC 12 compares a selector that serves two intrinsics with 0 first.
+inline __m256i blended(__m256i clear, __m256i set, __m256i selector) {
+    __m256i result;
+    asm("vpblendvb %3, %2, %1, %0" : "=x"(result) : "x"(clear), "x"(set), "x"(selector));
+    return result;
+}
+
+// The sign is what vpsignb wants: index bit 6 on top, and never 0.
+struct SignedBytes { __m256i magnitude, sign; };
+
+// vpshufb looks at bits 0 to 3 and 7 of an index; bits 4 and 5 choose among four tables.
 template <int bits>
-struct SignedDecoder : TrellisDecoder<bits> {
+struct SignedDecoder : TrellisHash<bits> {
+    using Factors = SignedBytes;
+    using TrellisHash<bits>::kTable;
     static constexpr int32_t bias = 0;
+    static constexpr Bytes kMagnitudes[4] = {sixteen_magnitudes(kTable, 0), sixteen_magnitudes(kTable, 1),
+                                             sixteen_magnitudes(kTable, 2), sixteen_magnitudes(kTable, 3)};
+    const __m256i table[4] = {load(kMagnitudes[0]), load(kMagnitudes[1]), load(kMagnitudes[2]), load(kMagnitudes[3])};
+
+    [[gnu::always_inline]] SignedBytes levels(__m256i hash) const {
+        const __m256i index = masked(hash, kRepeatedByte<127>);
+        const __m256i bit_4 = _mm256_slli_epi16(index, 3), bit_5 = _mm256_slli_epi16(index, 2);
+        const __m256i low = blended(_mm256_shuffle_epi8(table[0], index), _mm256_shuffle_epi8(table[1], index), bit_4);
+        const __m256i high = blended(_mm256_shuffle_epi8(table[2], index), _mm256_shuffle_epi8(table[3], index), bit_4);
+        return {blended(low, high, bit_5), plus(index, kRepeatedByte<64>)};
+    }
     static __m256i weights(const SignedBytes& levels) { return levels.magnitude; }
     static __m256i inputs(const SignedBytes& levels, __m256i four) { return _mm256_sign_epi8(four, levels.sign); }
     static __m256i decoded(const SignedBytes& levels) { return _mm256_sign_epi8(levels.magnitude, levels.sign); }

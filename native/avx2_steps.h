@@ -2,7 +2,7 @@
 //
 // Included by avx2.cpp and avxvnni.cpp, each compiled with its own flags. A step is 16 pairs, 8 outputs, one per 32-bit lane. Eight outputs are 2*bits bytes:
 // one load brings them to both halves, vpshufb brings each lane its bytes, and a shift its two windows. The level table is odd-symmetric: 64 magnitudes are
-// 4 vpshufb (see TrellisDecoder), the sign is the seventh index bit. A Dot says how four products are added to a lane.
+// 4 vpshufb, and each set has its own way to choose among them; the sign is the seventh index bit. A Dot says how four products are added to a lane.
 #pragma once
 #include <immintrin.h>
 
@@ -33,19 +33,14 @@ template <uint8_t byte> constexpr Bytes kRepeatedByte = repeated_byte(byte);
 template <uint16_t word> constexpr Bytes kRepeatedWord = repeated_word(word);
 
 // Operations with constants that are read where they are used: GCC 12 would fill the 16 registers with these and keep the rest on the stack.
-inline __m256i minus(__m256i x, const Bytes& bytes) {
-    __m256i result;
-    asm("vpsubb %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
-    return result;
-}
 inline __m256i masked(__m256i x, const Bytes& bytes) {
     __m256i result;
     asm("vpand %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
     return result;
 }
-inline __m256i with_bits(__m256i x, const Bytes& bytes) {
+inline __m256i plus(__m256i x, const Bytes& bytes) {
     __m256i result;
-    asm("vpor %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
+    asm("vpaddb %2, %1, %0" : "=x"(result) : "x"(x), "m"(bytes));
     return result;
 }
 inline __m256i sums_of_pairs(__m256i words) {
@@ -97,32 +92,11 @@ struct Windows {
     template <int step>
     __m256i cut(const uint8_t* tile) const {
         const __m128i low = tile_part<bits, 2 * bits * step>(tile);
-        if constexpr (bits == 8) return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), tile_part<8, 16 * step + 8>(tile), 1), bytes);
+        if constexpr (bits == 8) return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), (tile_part<8, 16 * step + 8>(tile)), 1), bytes);
         const __m256i first = _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), bytes), shifts);
         return _mm256_blend_epi16(first, _mm256_slli_epi32(first, 16 - bits), 0xAA);
     }
 };
-
-// Magnitude i is the exclusive or of the first i / 16 + 1 of these tables, each at i % 16.
-struct Differences {
-    Bytes table[4];
-
-    constexpr explicit Differences(const TrellisTable& levels) : table{} {
-        for (int t = 0; t < 4; t++)
-            for (int i = 0; i < 32; i++)
-                table[t].at[i] = static_cast<uint8_t>(levels.levels[16 * t + i % 16] ^ (t == 0 ? 0 : levels.levels[16 * (t - 1) + i % 16]));
-    }
-};
-
-struct SignedBytes { __m256i magnitude, sign; };
-
-inline __m256i doubled_plus_one(__m256i v) {
-#if defined(__GFNI__)
-    return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(0x0001020408102040), 1);
-#else
-    return with_bits(_mm256_add_epi8(v, v), kRepeatedByte<1>);
-#endif
-}
 
 constexpr bool is_odd_symmetric(const TrellisTable& table) {
     for (int i = 0; i < 64; i++)
@@ -130,61 +104,32 @@ constexpr bool is_odd_symmetric(const TrellisTable& table) {
     return true;
 }
 
+// Magnitudes 16 * table .. 16 * table + 15, for vpshufb.
+constexpr Bytes sixteen_magnitudes(const TrellisTable& levels, int table) {
+    Bytes magnitudes{};
+    for (int i = 0; i < 32; i++) magnitudes.at[i] = static_cast<uint8_t>(levels.levels[16 * table + i % 16]);
+    return magnitudes;
+}
+
+// Windows become hashes: the low seven bits of each byte are the index of a level.
 template <int width>
-struct TrellisDecoder : Windows<width> {
-    using Factors = SignedBytes;
+struct TrellisHash : Windows<width> {
     static constexpr const TrellisTable& kTable = kTrellisTables[width - 6];
     static_assert(is_odd_symmetric(kTable), "index bit 6 is the sign");
-    static constexpr Differences kDifferences{kTable};
-    const __m256i table[4] = {load(kDifferences.table[0]), load(kDifferences.table[1]), load(kDifferences.table[2]), load(kDifferences.table[3])};
     const __m256i c_low = load(kRepeatedWord<kTable.multiplier & 0xFFFF>), c_high = load(kRepeatedWord<(kTable.multiplier >> 16)>);
-    const __m256i index_mask = load(kRepeatedByte<63>), sixteen = load(kRepeatedByte<16>);
 
     __m256i hash_of(__m256i window) const { return _mm256_add_epi16(_mm256_mulhi_epu16(window, c_low), _mm256_mullo_epi16(window, c_high)); }
-
-    // As `read`, of 16 windows.
-    [[gnu::always_inline]] SignedBytes levels(__m256i window) const {
-        const __m256i hash = hash_of(window), index = masked(hash, kRepeatedByte<63>);
-        const __m256i first = _mm256_shuffle_epi8(table[0], index), second = _mm256_shuffle_epi8(table[1], minus(index, kRepeatedByte<16>));
-        const __m256i third = _mm256_shuffle_epi8(table[2], minus(index, kRepeatedByte<32>));
-        const __m256i fourth = _mm256_shuffle_epi8(table[3], minus(index, kRepeatedByte<48>));
-        return {_mm256_xor_si256(_mm256_xor_si256(first, second), _mm256_xor_si256(third, fourth)), doubled_plus_one(hash)};
-    }
-
-    // Levels of 8 outputs each from steps first .. first + n - 1: magnitudes, and what vpsignb wants for a sign, index bit 6 on top and never 0.
-    // vpshufb looks at the low 4 bits of an index and gives 0 when bit 7 is set: table t joins in when index - 16*t is not negative.
-    // Steps go through each stage together, which hides how long one of them takes.
-    template <int first, int n>
-    void read(const uint8_t* tile, SignedBytes (&levels)[n]) const {
-        __m256i hash[n], index[n];
-        repeat<n>([&](auto i) {
-            const __m256i window = this->template cut<first + decltype(i)::value>(tile);
-            hash[i] = hash_of(window);
-        });
-        repeat<n>([&](auto i) {
-            index[i] = _mm256_and_si256(hash[i], index_mask);
-            levels[i].sign = doubled_plus_one(hash[i]);
-        });
-        repeat<n>([&](auto i) { levels[i].magnitude = _mm256_shuffle_epi8(table[0], index[i]); });
-        for (int t = 1; t < 4; t++) {
-            repeat<n>([&](auto i) { index[i] = _mm256_sub_epi8(index[i], sixteen); });
-            repeat<n>([&](auto i) { levels[i].magnitude = _mm256_xor_si256(levels[i].magnitude, _mm256_shuffle_epi8(table[t], index[i])); });
-        }
-    }
 };
 
-// A Decoder makes Factors of some steps; weights() and inputs() make of each the unsigned and the signed operand of a Dot, decoded() what a buffer holds.
-// Fields are unsigned operands as they are.
+// A Decoder makes Factors of 16 windows, two bytes each: hash_of() and levels(). weights() and inputs() make of Factors the unsigned and the signed operand
+// of a Dot, decoded() what a buffer holds. Fields are unsigned operands as they are.
 struct SplitDecoder : Windows<7> {
     using Factors = __m256i;
     const __m256i first_field = _mm256_set1_epi16(0x000F), second_field = _mm256_set1_epi16(0x0700);
 
-    template <int first, int n>
-    void read(const uint8_t* tile, __m256i (&fields)[n]) const {
-        repeat<n>([&](auto i) {
-            const __m256i window = cut<first + decltype(i)::value>(tile);
-            fields[i] = _mm256_or_si256(_mm256_and_si256(window, first_field), _mm256_and_si256(_mm256_slli_epi16(window, 4), second_field));
-        });
+    static __m256i hash_of(__m256i window) { return window; }
+    __m256i levels(__m256i window) const {
+        return _mm256_or_si256(_mm256_and_si256(window, first_field), _mm256_and_si256(_mm256_slli_epi16(window, 4), second_field));
     }
     static __m256i weights(__m256i fields) { return fields; }
     static __m256i inputs(__m256i, __m256i four) { return four; }
@@ -192,6 +137,14 @@ struct SplitDecoder : Windows<7> {
 };
 
 constexpr int kGroup = 4;  // steps at once
+
+// Steps first .. first + kGroup - 1 of a tile.
+template <int first, class Decoder>
+[[gnu::always_inline]] inline void read(const Decoder& decoder, const uint8_t* tile, typename Decoder::Factors (&factors)[kGroup]) {
+    __m256i hash[kGroup];
+    repeat<kGroup>([&](auto i) { hash[i] = decoder.hash_of(decoder.template cut<first + decltype(i)::value>(tile)); });
+    repeat<kGroup>([&](auto i) { factors[i] = decoder.levels(hash[i]); });
+}
 
 template <class Decoder>
 [[gnu::flatten]] void decode_tiles(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
@@ -201,7 +154,7 @@ template <class Decoder>
         repeat<kSteps / kGroup>([&](auto group) {
             constexpr int first = decltype(group)::value * kGroup;
             typename Decoder::Factors factors[kGroup];
-            decoder.template read<first>(packed, factors);
+            read<first>(decoder, packed, factors);
             repeat<kGroup>([&](auto i) { store_any(decoded + 32 * (first + i), decoder.decoded(factors[i])); });
         });
     }
@@ -219,7 +172,7 @@ void add_tiles(const Decoder& decoder, const uint8_t* tile, int64_t tiles, const
         repeat<end - begin>([&](auto group) {
             constexpr int first = (begin + decltype(group)::value) * kGroup;
             typename Decoder::Factors factors[kGroup];
-            decoder.template read<first>(tile, factors);
+            read<first>(decoder, tile, factors);
             repeat<rows>([&](auto r) {
                 __m256i inputs[kGroup];
                 repeat<kGroup>([&](auto i) { inputs[i] = decoder.inputs(factors[i], four[r]); });

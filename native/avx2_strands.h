@@ -3,13 +3,16 @@
 // arrange.h puts four tiles side by side: `bits` registers of 32 words, in word i of a lane the i-th 16 bits of an eighth of a tile's stream, a strand. Half a
 // register is 16 strands: its 128-bit lanes have strand k of the four tiles, then strand k + 4. Step q decodes pair q of each: output 8*k + q/2, inputs
 // 2*(q%2) and the next, and a 32-bit lane sums them over two tiles. Few operations wait for each other, so more of them run at once than in the stored order.
+//
+// All hashes of a group are computed before any is looked up. It is more than 30 cycles from a load to a sum: step by step, operations that wait would fill
+// the processor's scheduler, and those that could run would not get in.
 #pragma once
 #include "avx2_decoded.h"
 
 namespace septet {
 namespace {
 
-constexpr int kOutputsOfStrand = 8, kGroupInputs = kGroupTiles * kTileInputs, kRegisterBytes = 64, kHalfBytes = 32;
+constexpr int kOutputsOfStrand = 8, kRegisterBytes = 64, kHalfBytes = 32, kHalfSteps = 16;
 template <int bits> constexpr int kGroupBytes = kGroupTiles * tile_bytes(bits);
 
 // What follows the last word of each strand of a half: the first word of the next one; the last strand goes on where the first begins.
@@ -30,43 +33,49 @@ template <int bits, int half, int step>
     }
 }
 
-// Two steps are all inputs of an output; `even` and `odd` are the two inputs of each tile that they multiply.
-template <class Decoder, class Dot, int half, int output = 0>
-[[gnu::always_inline]] inline void add_outputs(const Decoder& decoder, const uint8_t* group, __m256i after, __m256i even, __m256i odd, int32_t* sums) {
-    const SignedBytes first = decoder.levels(strand_window<Decoder::bits, half, 2 * output>(group, after));
-    const SignedBytes last = decoder.levels(strand_window<Decoder::bits, half, 2 * output + 1>(group, after));
-    const __m256i sum = Dot::add(load_any(sums + 8 * output), decoder.weights(first), decoder.inputs(first, even));
-    store_any(sums + 8 * output, Dot::add(sum, decoder.weights(last), decoder.inputs(last, odd)));
-    if constexpr (output + 1 < kOutputsOfStrand) add_outputs<Decoder, Dot, half, output + 1>(decoder, group, after, even, odd, sums);
+struct alignas(32) GroupHashes { uint8_t at[2][kHalfSteps][kHalfBytes]; };
+
+// Inlined, GCC would move hashes to where they are looked up.
+template <class Decoder>
+[[gnu::noinline, gnu::flatten]] void hash_group(const uint8_t* group, GroupHashes& hashes) {
+    const Decoder decoder;
+    const __m256i after[2] = {after_strands<0>(group), after_strands<1>(group)};
+    for (int i = 0; i < Decoder::bits; i++) prefetch_ahead(group + kRegisterBytes * i);
+    repeat<2, kHalfSteps>([&](auto half, auto step) {
+        store_any(hashes.at[half][step], decoder.hash_of(strand_window<Decoder::bits, half, step>(group, after[half])));
+    });
 }
 
-// sums [8 outputs][8] += the strands of a half. The decoder's constants fill the registers, so sums lie in memory: inlined, GCC would know
-// that nothing else points to them, and move them into registers that are not there.
-template <class Decoder, class Dot, int half>
-[[gnu::noinline]] void add_strands(const uint8_t* group, int64_t tiles, const int8_t* input, int32_t* sums) {
+// sums [half][8 outputs][8] += a group. Two steps are all inputs of an output; `even` and `odd` are the two inputs of each tile that they multiply.
+// Inlined, GCC would know that nothing else points to sums, and move them into registers that are not there.
+template <class Decoder, class Dot>
+[[gnu::noinline, gnu::flatten]] void add_group(const GroupHashes& hashes, const int8_t* input, int32_t* sums) {
     const Decoder decoder;
     const __m256i in_pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (int64_t t = 0; t < tiles; t += kGroupTiles, group += kGroupBytes<Decoder::bits>, input += kGroupInputs) {
-        if (half == 0)
-            for (int i = 0; i < Decoder::bits; i++) prefetch_ahead(group + kRegisterBytes * i);
-        const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(input)), in_pairs);
-        const __m256i even = _mm256_unpacklo_epi64(pairs, pairs), odd = _mm256_unpackhi_epi64(pairs, pairs);
-        add_outputs<Decoder, Dot, half>(decoder, group, after_strands<half>(group), even, odd, sums);
-    }
+    const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(input)), in_pairs);
+    const __m256i even = _mm256_unpacklo_epi64(pairs, pairs), odd = _mm256_unpackhi_epi64(pairs, pairs);
+    repeat<2, kOutputsOfStrand>([&](auto half, auto output) {
+        int32_t* to = sums + half * kTileOutputs + 8 * output;
+        const auto first = decoder.levels(load_any(hashes.at[half][2 * output]));
+        const auto last = decoder.levels(load_any(hashes.at[half][2 * output + 1]));
+        const __m256i sum = Dot::add(load_any(to), decoder.weights(first), decoder.inputs(first, even));
+        store_any(to, Dot::add(sum, decoder.weights(last), decoder.inputs(last, odd)));
+    });
 }
 
-// A row of tiles in strands. A segment is short enough that its second half comes out of the nearest cache.
+// A row of tiles in strands.
 template <class Decoder, class Dot>
 void strand_row(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, float* y) {
     constexpr int half_outputs = kTileOutputs / 2;
     alignas(32) float total[kTileOutputs] = {};  // [half][output / 2][lane]
     for (int64_t segment = 0, first = 0; first < tiles; segment++, first += x.segment_tiles) {
-        const int64_t count = first + x.segment_tiles < tiles ? x.segment_tiles : tiles - first;
-        const uint8_t* group = packed + first * tile_bytes(Decoder::bits);
-        const int8_t* input = x.data + first * kTileInputs;
+        const int64_t last = first + x.segment_tiles < tiles ? first + x.segment_tiles : tiles;
         alignas(32) int32_t sums[2 * kTileOutputs] = {};  // [half][output][lane], two lanes for each strand
-        add_strands<Decoder, Dot, 0>(group, count, input, sums);
-        add_strands<Decoder, Dot, 1>(group, count, input, sums + kTileOutputs);
+        for (int64_t t = first; t < last; t += kGroupTiles) {
+            GroupHashes hashes;
+            hash_group<Decoder>(packed + t * tile_bytes(Decoder::bits), hashes);
+            add_group<Decoder, Dot>(hashes, x.data + t * kTileInputs, sums);
+        }
         const __m256i excess = _mm256_set1_epi32(-Decoder::bias * (x.sums[2 * segment] + x.sums[2 * segment + 1]));
         const __m256 scale = _mm256_set1_ps(x.scales[segment]);
         for (int i = 0; i < kTileOutputs; i += 8) {
@@ -92,14 +101,13 @@ inline void transpose_dwords(__m256i (&v)[4]) {
 }
 
 // [upper half of the strands' outputs][strand k or k + 4][tile]: four outputs, of which each comes from two steps.
-template <class Decoder, int half>
-[[gnu::flatten]] void decode_half(const Decoder& decoder, const uint8_t* group, uint8_t* decoded) {
-    const __m256i after = after_strands<half>(group);
+template <class Decoder>
+[[gnu::flatten]] void decode_half(const Decoder& decoder, const GroupHashes& hashes, int half, uint8_t* decoded) {
     __m256i four[2][2][kGroupTiles];
     repeat<2, 4>([&](auto upper, auto m) {
         constexpr int step = 8 * upper + 2 * m;
-        const __m256i first = decoder.decoded(decoder.levels(strand_window<Decoder::bits, half, step>(group, after)));
-        const __m256i last = decoder.decoded(decoder.levels(strand_window<Decoder::bits, half, step + 1>(group, after)));
+        const __m256i first = decoder.decoded(decoder.levels(load_any(hashes.at[half][step])));
+        const __m256i last = decoder.decoded(decoder.levels(load_any(hashes.at[half][step + 1])));
         four[upper][0][m] = _mm256_unpacklo_epi16(first, last);
         four[upper][1][m] = _mm256_unpackhi_epi16(first, last);
     });
@@ -116,9 +124,9 @@ template <class Decoder>
 void decode_strands(const uint8_t* packed, int64_t tiles, uint8_t* decoded) {
     const Decoder decoder;
     for (int64_t t = 0; t < tiles; t += kGroupTiles, packed += kGroupBytes<Decoder::bits>, decoded += kGroupTiles * kTileWeights) {
-        for (int i = 0; i < Decoder::bits; i++) prefetch_ahead(packed + kRegisterBytes * i);
-        decode_half<Decoder, 0>(decoder, packed, decoded);
-        decode_half<Decoder, 1>(decoder, packed, decoded);
+        GroupHashes hashes;
+        hash_group<Decoder>(packed, hashes);
+        for (int half = 0; half < 2; half++) decode_half(decoder, hashes, half, decoded);
     }
 }
 

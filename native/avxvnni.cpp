@@ -11,12 +11,37 @@ constexpr int kBias = 128;
 
 inline __m256i biased(__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-kBias)); }
 
+// Magnitude i, plus 128, is the exclusive or of the first i / 16 + 1 of these tables, each at i % 16.
+constexpr Bytes difference(const TrellisTable& levels, int t) {
+    Bytes result = sixteen_magnitudes(levels, t);
+    const Bytes before = t == 0 ? kRepeatedByte<kBias> : sixteen_magnitudes(levels, t - 1);
+    for (int i = 0; i < 32; i++) result.at[i] ^= before.at[i];
+    return result;
+}
+
+// vpshufb gives 0 where bit 7 of an index is set: table t joins in when index - 16*t is not negative. No vpblendvb as in avx2.cpp: Intel's processors with
+// AVX-VNNI take three operations for one.
 template <int bits>
-struct BiasedDecoder : TrellisDecoder<bits> {
+struct BiasedDecoder : TrellisHash<bits> {
+    using Factors = __m256i;
+    using TrellisHash<bits>::kTable;
     static constexpr int32_t bias = kBias;
-    static __m256i decoded(const SignedBytes& levels) { return biased(_mm256_sign_epi8(levels.magnitude, levels.sign)); }
-    static __m256i weights(const SignedBytes& levels) { return decoded(levels); }
-    static __m256i inputs(const SignedBytes&, __m256i four) { return four; }
+    static constexpr Bytes kDifferences[4] = {difference(kTable, 0), difference(kTable, 1), difference(kTable, 2), difference(kTable, 3)};
+    const __m256i table[4] = {load(kDifferences[0]), load(kDifferences[1]), load(kDifferences[2]), load(kDifferences[3])};
+
+    // Level + 128: modulo 256, -(magnitude + 128) is -magnitude + 128.
+    [[gnu::always_inline]] __m256i levels(__m256i hash) const {
+        const __m256i index = masked(hash, kRepeatedByte<63>);
+        const __m256i first = _mm256_shuffle_epi8(table[0], index);
+        const __m256i second = _mm256_shuffle_epi8(table[1], plus(index, kRepeatedByte<256 - 16>));
+        const __m256i third = _mm256_shuffle_epi8(table[2], plus(index, kRepeatedByte<256 - 32>));
+        const __m256i fourth = _mm256_shuffle_epi8(table[3], plus(index, kRepeatedByte<256 - 48>));
+        const __m256i doubled_plus_one = _mm256_gf2p8affine_epi64_epi8(hash, _mm256_set1_epi64x(0x0001020408102040), 1);  // never 0
+        return _mm256_sign_epi8(_mm256_xor_si256(_mm256_xor_si256(first, second), _mm256_xor_si256(third, fourth)), doubled_plus_one);
+    }
+    static __m256i weights(__m256i levels) { return levels; }
+    static __m256i inputs(__m256i, __m256i four) { return four; }
+    static __m256i decoded(__m256i levels) { return levels; }
 };
 
 struct VnniDot {
