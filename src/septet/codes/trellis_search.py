@@ -11,14 +11,6 @@ The state after pair p is s = w[p] >> b, the 16 - b bits that the next window st
    state) trace back to the state after pair 127.
 2. Tile. Run over pairs 0..127; that state starts at cost 0, all others at 2^22. Trace back from that same state.
    The symbol of pair p is w[p] & (2^b - 1).
-
-From both ends: the same costs, found by two searches that meet, each half as long. Backward the trellis is the same one with the bits
-of windows and states in reverse, and ties are decided by these.
-
-1. Boundary. Forward over pairs 96..127, and backward over pairs 31..0. The state after pair 127 is the one whose two costs have the
-   smallest sum (ties: lowest state).
-2. Tile. From that state forward over pairs 0..63, and backward over pairs 127..64. The state between pairs 63 and 64 is again the
-   one with the smallest sum, and both trace back from there.
 """
 
 from __future__ import annotations
@@ -57,7 +49,14 @@ def search(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
 
 
 def search_from_both_ends(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
-    """Encode tiles by searches that meet; arguments and result as of `search`. The number of pairs is even."""
+    """Encode tiles by two searches that meet, each half as long, which find paths of the same cost; ties are decided otherwise.
+
+    Backward the trellis is the same one with the bits of windows and states in reverse, and its ties go by these. The state after pair 127
+    has the smallest sum of two costs (ties: lowest state): forward over pairs 96..127, backward over pairs 31..0. From there one search
+    goes forward over pairs 0..63 and one backward over pairs 127..64, and the state between them is found in the same way.
+
+    Arguments and result are those of `search`; the number of pairs is even.
+    """
     pairs = fixed.reshape(len(fixed), -1, 2)
     half, steps = pairs.shape[1] // 2, min(BOUNDARY_STEPS, pairs.shape[1])
     turned, mirror = reversed_windows(len(levels)), reversed_windows(len(levels) >> bits)
