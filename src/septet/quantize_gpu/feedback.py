@@ -5,8 +5,8 @@ One step encodes one tile of every row of tiles. Where outputs know each other a
 rows meet before they begin and after they have ended, are encoded too, as zeros without errors: that costs a few tiles and no branches.
 
 Feedback along the inputs comes in two parts: of columns encoded before the last `BATCH_STEPS` steps began, one product for all rows, with
-every column that any of them meets; and of those since, a small product per step. All sums are exact, as on the processor, so the bytes
-are the same.
+every column that any of them meets; and of those since, a small product per step. All sums are exact, as on the processor, so the same
+encoder gives the same bytes.
 
 The steps of a batch are the same operations every time, so a GPU gets them as one CUDA graph: sending them one by one takes longer than
 computing them, and threads that send to several GPUs would wait for each other.
