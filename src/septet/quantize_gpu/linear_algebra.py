@@ -20,6 +20,7 @@ from septet.quantize.exact import EXACT_BITS
 from septet.quantize.factorization import DAMPINGS, ERROR_BITS, MOST_COEFFICIENT_BITS
 from septet.quantize.statistics import DRIFT_SHARE, OUTPUT_DAMPINGS
 from septet.quantize_gpu.rotation import hadamard
+from septet.quantize_gpu.sums import slabs
 
 __all__ = ["Decomposition", "Factor", "InputMetric", "decompose", "input_metric", "output_factor"]
 
@@ -220,11 +221,6 @@ def _panels(size: int) -> list[slice]:
     return [slice(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
 
 
-def _slabs(size: int) -> list[slice]:
-    step = max(1, _SLAB // size)
-    return [slice(start, start + step) for start in range(0, size, step)]
-
-
 def _owned(matrix: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An array's values in a new tensor, or a tensor itself if it can be."""
     # Not converted on the way: the processor would do that.
@@ -236,7 +232,7 @@ def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
     diagonal = hessian.diagonal()
     damaged = ~torch.isfinite(diagonal) | (diagonal < 0)
     rows, columns = torch.zeros_like(damaged), torch.zeros_like(damaged)
-    for slab in _slabs(len(hessian)):
+    for slab in slabs(len(hessian), len(hessian), _SLAB):
         bad = ~torch.isfinite(hessian[slab]) & ~damaged & ~damaged[slab, None]
         rows[slab] = bad.any(1)
         columns |= bad.any(0)
@@ -249,10 +245,10 @@ def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
 def _rotate(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
     """Hd diag(scale) matrix diag(scale) Hd, float64 or float32 [K, K], in place."""
     wide, turn = scale.double(), hadamard(torch.eye(block, dtype=torch.float64, device=scale.device), block)
-    for slab in _slabs(len(matrix)):
+    for slab in slabs(len(matrix), len(matrix), _SLAB):
         rows = matrix[slab] * wide
         matrix[slab] = (rows.view(-1, block) @ turn).view(rows.shape).to(matrix.dtype)
-    for slab in _slabs(len(matrix)):
+    for slab in slabs(len(matrix), len(matrix), _SLAB):
         columns = matrix[:, slab] * wide[:, None]
         blocks = turn @ columns.view(-1, block, columns.shape[1])
         matrix[:, slab] = blocks.view(columns.shape).to(matrix.dtype)

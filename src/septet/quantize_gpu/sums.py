@@ -7,7 +7,7 @@ import torch
 
 from septet.quantize import scales
 
-__all__ = ["clips", "column_norms", "row_norms"]
+__all__ = ["clips", "column_norms", "row_norms", "slabs"]
 
 #: Numbers that are widened at a time; a matrix of 28672 x 8192 would take 1.9 GB.
 _SLAB = 1 << 26
@@ -23,12 +23,12 @@ def row_norms(weight: torch.Tensor, column_scale: np.ndarray | None = None) -> n
             rows /= divisor
         return _sum_columns(rows.square_().T.contiguous())
 
-    return np.sqrt(np.concatenate([squares(slab) for slab in _slabs(*weight.shape)]) / max(weight.shape[1], 1))
+    return np.sqrt(np.concatenate([squares(slab) for slab in slabs(*weight.shape)]) / max(weight.shape[1], 1))
 
 
 def column_norms(weight: torch.Tensor) -> np.ndarray:
     """`quantize.scales.column_norms`: float32 [N, K] on a device -> float64 [K]."""
-    squares = [_sum_columns(weight[:, slab].double().square_()) for slab in _slabs(weight.shape[1], weight.shape[0])]
+    squares = [_sum_columns(weight[:, slab].double().square_()) for slab in slabs(weight.shape[1], weight.shape[0])]
     return np.sqrt(np.concatenate(squares) / max(weight.shape[0], 1))
 
 
@@ -39,9 +39,9 @@ def clips(rotated: torch.Tensor, reach: float, output_block: int, ignored: float
     return (lost > ignored).any()
 
 
-def _slabs(count: int, size: int) -> list[slice]:
-    """`count` rows or columns of `size` numbers, in slabs that take little memory in float64."""
-    step = max(1, _SLAB // max(size, 1))
+def slabs(count: int, size: int, numbers: int = _SLAB) -> list[slice]:
+    """`count` rows or columns of `size` numbers, in slabs of about so many numbers."""
+    step = max(1, numbers // max(size, 1))
     return [slice(start, start + step) for start in range(0, max(count, 1), step)]
 
 
