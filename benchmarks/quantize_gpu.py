@@ -34,7 +34,7 @@ from septet.checkpoint import QuantizeOptions
 from septet.checkpoint.integrity import sha256_of_file
 from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
 from septet.cli.calibration import calibrate_with
-from septet.cli.device import check_device, devices_of, quantizer_on
+from septet.cli.device import check_device, devices_of, let_segments_grow, quantizer_on
 
 #: hidden, intermediate, heads, key-value heads, blocks, vocabulary
 SHAPES = {
@@ -142,6 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     devices = [",".join(f"cuda:{number}" for number in range(count)) for count in arguments.gpus]
     devices = [arguments.device] if arguments.device else devices
+    let_segments_grow()
     for device in devices:
         check_device(device)
         for gpu in devices_of(device) if arguments.memory else ():

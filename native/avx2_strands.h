@@ -8,6 +8,7 @@
 // the processor's scheduler, and those that could run would not get in.
 #pragma once
 #include "avx2_decoded.h"
+#include "strand_steps.h"
 
 namespace septet {
 namespace {
@@ -33,6 +34,7 @@ template <int bits, int half, int step>
     }
 }
 
+// uint16 [half of the registers][step][strand and tile].
 struct alignas(32) GroupHashes { uint8_t at[2][kHalfSteps][kHalfBytes]; };
 
 // Inlined, GCC would move hashes to where they are looked up.
@@ -51,8 +53,7 @@ template <class Decoder>
 template <class Decoder, class Dot>
 [[gnu::noinline, gnu::flatten]] void add_group(const GroupHashes& hashes, const int8_t* input, int32_t* sums) {
     const Decoder decoder;
-    const __m256i in_pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(input)), in_pairs);
+    const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(input)), _mm256_broadcastsi128_si256(order_of_inputs()));
     const __m256i even = _mm256_unpacklo_epi64(pairs, pairs), odd = _mm256_unpackhi_epi64(pairs, pairs);
     repeat<2, kOutputsOfStrand>([&](auto half, auto output) {
         int32_t* to = sums + half * kTileOutputs + 8 * output;
@@ -88,16 +89,6 @@ void strand_row(const uint8_t* packed, int64_t tiles, const SegmentedRow& x, flo
         const int half = i / half_outputs, lane = i % 8, strand = 2 * half + lane / 4 + lane % 2 * 4;
         y[kOutputsOfStrand * strand + i % half_outputs / 8 * 2 + lane / 2 % 2] = total[i];
     }
-}
-
-// In every 128-bit lane by itself: v[i] becomes the 32-bit lanes i of the four.
-inline void transpose_dwords(__m256i (&v)[4]) {
-    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
-    const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-    v[0] = _mm256_unpacklo_epi64(a, c);
-    v[1] = _mm256_unpackhi_epi64(a, c);
-    v[2] = _mm256_unpacklo_epi64(b, d);
-    v[3] = _mm256_unpackhi_epi64(b, d);
 }
 
 // [upper half of the strands' outputs][strand k or k + 4][tile]: four outputs, of which each comes from two steps.

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "avx512_steps.h"
+#include "strand_steps.h"
 #include "tables.h"
 
 namespace septet {
@@ -47,16 +48,6 @@ struct LevelTable {
     }
 };
 
-// In every 128-bit lane by itself: v[i] becomes the 32-bit lanes i of the four.
-inline void transpose_dwords(__m512i* v) {
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    v[0] = _mm512_unpacklo_epi64(a, c);
-    v[1] = _mm512_unpackhi_epi64(a, c);
-    v[2] = _mm512_unpacklo_epi64(b, d);
-    v[3] = _mm512_unpackhi_epi64(b, d);
-}
-
 // 128-bit lanes of a and b in turns: those of the lower half, or of the upper one.
 template <bool upper>
 __m512i in_turns(__m512i a, __m512i b) {
@@ -64,10 +55,8 @@ __m512i in_turns(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(i, i + 1, i + 8, i + 9, i + 2, i + 3, i + 10, i + 11), b);
 }
 
-// The inputs of each group in the order of steps: of all tiles the first two, for even steps, then the last two.
-inline __m512i order_inputs(__m512i x) {
-    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
-}
+// The inputs of each group in the order of steps.
+inline __m512i order_inputs(__m512i x) { return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(order_of_inputs())); }
 
 inline __m512i broadcast_eight(const int8_t* x) {
     int64_t eight;

@@ -214,8 +214,8 @@ def load_array(path: Path, page_locked: bool = False) -> np.ndarray:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         if not page_locked:
             return np.array(mapped)
-        array = torch.empty(mapped.shape, dtype=torch.from_numpy(np.empty(0, mapped.dtype)).dtype, pin_memory=True).numpy()
+        array = torch.empty(mapped.nbytes, dtype=torch.uint8, pin_memory=True).numpy().view(mapped.dtype).reshape(mapped.shape)
         np.copyto(array, mapped)
         return array
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path.name} must hold an array", error, _AGAIN.format(path.parent)) from error

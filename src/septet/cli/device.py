@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from septet.quantize import GroupStatistics, QuantizedTensor
     from septet.quantize.tensor import RowSource
 
-__all__ = ["check_device", "devices_of", "in_host_memory", "machine_of", "quantizer_on"]
+__all__ = ["check_device", "devices_of", "in_host_memory", "let_segments_grow", "machine_of", "quantizer_on"]
 
 
 def devices_of(device: str) -> tuple[str, ...]:
@@ -40,6 +40,14 @@ def machine_of(threads: int, device: str) -> Machine:
     return Machine(threads, first, tuple(helpers))
 
 
+def let_segments_grow() -> None:
+    """Ask torch for GPU memory in segments that grow, unless the user asks for something else; before it first takes any.
+
+    Groups of layers differ so much in size that what one frees would lie in pieces too small for the next.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def check_device(device: str) -> None:
     """Raise unless there is such a device, or are such GPUs.
 
@@ -58,9 +66,6 @@ def check_device(device: str) -> None:
     wanted = [int(number[1] or 0) for number in numbers]
     if len({*wanted}) < len(wanted):
         raise OptionError("every GPU of a list must come once", device, "correct the option")
-    # Groups of layers differ so much in size that what one frees would lie in pieces too small for the next; torch reads this when it first
-    # takes memory of a GPU.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         import torch
     except ImportError as error:

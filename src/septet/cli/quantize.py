@@ -13,7 +13,7 @@ import typer
 
 from septet.cli.app import app
 from septet.cli.calibration import calibrate_with, calibration_name
-from septet.cli.device import check_device, quantizer_on
+from septet.cli.device import check_device, let_segments_grow, quantizer_on
 from septet.cli.options import Activations, JsonOption
 from septet.cli.output import note, print_json, progress_bar, quiet_libraries
 
@@ -64,6 +64,8 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model."""
+    if device != "cpu":
+        let_segments_grow()
     check_device(device)
     from septet import checkpoint
     from septet.checkpoint.options import allocation_of

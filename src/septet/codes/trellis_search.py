@@ -15,6 +15,8 @@ The state after pair p is s = w[p] >> b, the 16 - b bits that the next window st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 __all__ = ["BOUNDARY_STEPS", "FORBIDDEN_COST", "reversed_windows", "search", "search_from_both_ends"]
@@ -38,14 +40,12 @@ def search(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
     Returns:
         uint8 [tiles, pairs], below 2^bits.
     """
-    pairs = fixed.shape[1] // 2
-    symbols = np.empty((len(fixed), pairs), np.uint8)
     metric_rows = _metric_rows(levels)
-    for start in range(0, len(fixed), _TILES_AT_ONCE):
-        chunk = fixed[start : start + _TILES_AT_ONCE].reshape(-1, pairs, 2)
-        boundary = _boundary_states(chunk, metric_rows, bits)
-        symbols[start : start + _TILES_AT_ONCE] = _tile_symbols(chunk, metric_rows, bits, boundary)
-    return symbols
+
+    def encode(chunk: np.ndarray) -> np.ndarray:
+        return _tile_symbols(chunk, metric_rows, bits, _boundary_states(chunk, metric_rows, bits))
+
+    return _in_chunks(fixed, encode)
 
 
 def search_from_both_ends(fixed: np.ndarray, levels: np.ndarray, bits: int) -> np.ndarray:
@@ -56,28 +56,40 @@ def search_from_both_ends(fixed: np.ndarray, levels: np.ndarray, bits: int) -> n
     goes forward over pairs 0..63 and one backward over pairs 127..64, and the state between them is found in the same way.
 
     Arguments and result are those of `search`; the number of pairs is even.
+
+    Reference: the forward and backward recursions of Bahl et al. 1974 (IEEE Transactions on Information Theory 20), with minima in place of
+    sums of probabilities.
     """
-    pairs = fixed.reshape(len(fixed), -1, 2)
-    half, steps = pairs.shape[1] // 2, min(BOUNDARY_STEPS, pairs.shape[1])
     turned, mirror = reversed_windows(len(levels)), reversed_windows(len(levels) >> bits)
     ahead, back = _metric_rows(levels), _metric_rows(levels[turned])
-    start = np.zeros((len(pairs), len(mirror)), np.float32)
-    costs = _forward(pairs[:, -steps:], ahead, bits, start)[1], _forward(pairs[:, :steps][:, ::-1], back, bits, start)[1]
-    boundary = (costs[0] + costs[1][:, mirror]).argmin(axis=1)
-    found = []
-    for part, rows, state in ((pairs[:, :half], ahead, boundary), (pairs[:, half:][:, ::-1], back, mirror[boundary])):
-        cost = np.full_like(start, FORBIDDEN_COST)
-        cost[np.arange(len(pairs)), state] = 0
-        found.append(_forward(part, rows, bits, cost))
-    meeting = (found[0][1] + found[1][1][:, mirror]).argmin(axis=1)
-    ahead, back = (_trace_back(decisions, last, bits)[0] for (decisions, _), last in zip(found, (meeting, mirror[meeting])))
-    return (np.concatenate([ahead, turned[back][:, ::-1]], axis=1) & (1 << bits) - 1).astype(np.uint8)
+
+    def encode(chunk: np.ndarray) -> np.ndarray:
+        half, steps = chunk.shape[1] // 2, min(BOUNDARY_STEPS, chunk.shape[1])
+        anywhere = np.zeros((len(chunk), len(mirror)), np.float32)
+        around = _forward(chunk[:, -steps:], ahead, bits, anywhere)[1], _forward(chunk[:, :steps][:, ::-1], back, bits, anywhere)[1]
+        boundary = (around[0] + around[1][:, mirror]).argmin(axis=1)
+        first, first_cost = _forward(chunk[:, :half], ahead, bits, _costs_from(boundary, len(mirror)))
+        last, last_cost = _forward(chunk[:, half:][:, ::-1], back, bits, _costs_from(mirror[boundary], len(mirror)))
+        meeting = (first_cost + last_cost[:, mirror]).argmin(axis=1)
+        windows = _trace_back(first, meeting, bits)[0], turned[_trace_back(last, mirror[meeting], bits)[0]][:, ::-1]
+        return _symbols_of(np.concatenate(windows, axis=1), bits)
+
+    return _in_chunks(fixed, encode)
 
 
 def reversed_windows(count: int) -> np.ndarray:
     """For each window below `count`, a power of two, the one with its bits in reverse; int64 [count]. States are as good."""
     bits = count.bit_length() - 1
     return sum((np.arange(count) >> bit & 1) << bits - 1 - bit for bit in range(bits))
+
+
+def _in_chunks(fixed: np.ndarray, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Symbols of all tiles, integers [tiles, 2 * pairs]; `encode` gets a few, [n, pairs, 2], and returns uint8 [n, pairs]."""
+    pairs = fixed.shape[1] // 2
+    symbols = np.empty((len(fixed), pairs), np.uint8)
+    for start in range(0, len(fixed), _TILES_AT_ONCE):
+        symbols[start : start + _TILES_AT_ONCE] = encode(fixed[start : start + _TILES_AT_ONCE].reshape(-1, pairs, 2))
+    return symbols
 
 
 def _metric_rows(levels: np.ndarray) -> np.ndarray:
@@ -98,10 +110,20 @@ def _boundary_states(chunk: np.ndarray, metric_rows: np.ndarray, bits: int) -> n
 
 def _tile_symbols(chunk: np.ndarray, metric_rows: np.ndarray, bits: int, boundary: np.ndarray) -> np.ndarray:
     """Symbols [n, pairs] of the best path that starts and ends in the state `boundary` [n]."""
-    cost = np.full((len(chunk), metric_rows.shape[1] >> bits), FORBIDDEN_COST, np.float32)
-    cost[np.arange(len(chunk)), boundary] = 0
-    decisions, _ = _forward(chunk, metric_rows, bits, cost)
-    return (_trace_back(decisions, boundary, bits)[0] & (1 << bits) - 1).astype(np.uint8)
+    decisions, _ = _forward(chunk, metric_rows, bits, _costs_from(boundary, metric_rows.shape[1] >> bits))
+    return _symbols_of(_trace_back(decisions, boundary, bits)[0], bits)
+
+
+def _costs_from(state: np.ndarray, states: int) -> np.ndarray:
+    """Start costs of paths from one state each, int [n]: float32 [n, states]."""
+    cost = np.full((len(state), states), FORBIDDEN_COST, np.float32)
+    cost[np.arange(len(state)), state] = 0
+    return cost
+
+
+def _symbols_of(windows: np.ndarray, bits: int) -> np.ndarray:
+    """The low bits of windows, uint8."""
+    return (windows & (1 << bits) - 1).astype(np.uint8)
 
 
 def _forward(pairs: np.ndarray, metric_rows: np.ndarray, bits: int, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,7 @@ def encode_from_both_ends(fixed: torch.Tensor, bits: int, out: torch.Tensor | No
 
 
 def _launch(fixed: torch.Tensor, bits: int, out: torch.Tensor | None, ends: int) -> torch.Tensor:
+    """`encode` from one end of each tile, or from both."""
     device, count = fixed.device.index, len(fixed)
     windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device) if out is None else out
     tiles = _tiles_together(count, processors_of(device) // (PARTS * ends), MOST_TILES[ends][bits])

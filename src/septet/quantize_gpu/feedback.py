@@ -95,16 +95,18 @@ class _Family:
         first: their first row of tiles among all.
         factors: of their outputs.
         rows: of tiles in each sheet.
-        across: room for all coefficients, [sheets, rows * 64, rows * 64], 0, where they are.
+        dtype: what coefficients are kept as: float64, or int32, for which they are small enough (`Decomposition.factor`).
     """
 
-    def __init__(self, sheets: list[int], first: int, factors: list[Factor], rows: int, across: torch.Tensor) -> None:
+    def __init__(self, sheets: list[int], first: int, factors: list[Factor], rows: int, dtype: torch.dtype) -> None:
         self.sheets, self.rows, self.tiles = sheets, rows, slice(first, first + len(sheets) * rows)
+        size, device = rows * TILE_OUTPUTS, factors[0].coefficients.device
+        across = torch.zeros((len(sheets), size, size), dtype=dtype, device=device)
         for matrix, factor in zip(across, factors):
             matrix[: len(factor.coefficients), : len(factor.coefficients)] = factor.coefficients.T
         #: [sheets, rows, 64, rows * 64]
-        self.across = across.reshape(len(sheets), rows, TILE_OUTPUTS, -1)
-        per_output = torch.tensor([0.5**factor.shift for factor in factors], dtype=torch.float64, device=across.device)
+        self.across = across.reshape(len(sheets), rows, TILE_OUTPUTS, size)
+        per_output = torch.tensor([0.5**factor.shift for factor in factors], dtype=torch.float64, device=device)
         self.per_output = per_output[:, None, None, None]
 
     def from_rows(self, errors: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -145,11 +147,10 @@ class _Work:
             first += counts[position]
         # Kernels that do a step at once, where they can be had and nobody has brought another encoder, read coefficients as int32.
         fused = encoder is clusters.encode_from_both_ends
-        self._families = []
-        for rows, start, members in families:
-            shape, dtype = (len(members), rows * TILE_OUTPUTS, rows * TILE_OUTPUTS), torch.int32 if fused else torch.float64
-            across = torch.zeros(shape, dtype=dtype, device=device)
-            self._families.append(_Family(members, start, [sheets[member].outputs for member in members], rows, across))
+        dtype = torch.int32 if fused else torch.float64
+        self._families = [
+            _Family(members, start, [sheets[member].outputs for member in members], rows, dtype) for rows, start, members in families
+        ]
         self._counts, tiles, most = counts, len(delays), max(delays)
         self._inputs, self._columns = inputs, -(-inputs // TILE_INPUTS)
         self.steps = self._columns + most

@@ -66,8 +66,7 @@ def uploaded(weight: RowSource, device: str) -> torch.Tensor:
     """A matrix on the device, float32 [N, K]; stored as bfloat16 it is widened there."""
     if not getattr(weight, "is_bfloat16", False):
         return torch.from_numpy(np.ascontiguousarray(weight[:])).to(device)
-    there = torch.empty(2 * weight.shape[0] * weight.shape[1], dtype=torch.uint8, device=device)
-    _staging(device).send(weight.bfloat16_bytes, there)
+    there = _sent(weight.bfloat16_bytes, 2 * weight.shape[0] * weight.shape[1], device)
     return there.view(torch.bfloat16).view(weight.shape).float()
 
 
@@ -75,9 +74,15 @@ def bring(module: nn.Module, device: str) -> None:
     """Move the tensors of a module from the host's memory to a device, with their dtypes."""
     for tensor in (*module.parameters(), *module.buffers()):
         here = tensor.data.contiguous().view(-1).view(torch.uint8).numpy()
-        there = torch.empty(len(here), dtype=torch.uint8, device=device)
-        _staging(device).send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), there)
+        there = _sent(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), len(here), device)
         tensor.data = there.view(tensor.dtype).view(tensor.shape)
+
+
+def _sent(source: Source, size: int, device: str) -> torch.Tensor:
+    """So many bytes on the device, uint8 [size]."""
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    _staging(device).send(source, there)
+    return there
 
 
 @cache
