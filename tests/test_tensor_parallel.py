@@ -15,8 +15,10 @@ transformers = pytest.importorskip("transformers", reason="needs the extra septe
 import septet  # noqa: E402
 from septet.integrations.huggingface import SeptetConfig  # noqa: E402
 
+# The mesh of the model keeps torch's gloo groups alive after destroy_process_group. One of their threads that still holds a tensor when the interpreter ends
+# aborts the process (torch 2.13, without septet too: github.com/pytorch/pytorch/pull/179291), so a rank that is done ends without that.
 WORKER = """
-import sys, torch, septet
+import os, sys, torch, septet
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 path, out = sys.argv[1:]
@@ -27,6 +29,7 @@ if torch.distributed.get_rank() == 0:
     shapes = {name: tuple(p.to_local().shape) for name, p in model.named_parameters() if hasattr(p, "to_local")}
     torch.save((logits, shapes), out)
 torch.distributed.destroy_process_group()
+os._exit(0)
 """
 
 
