@@ -64,13 +64,25 @@ inline __m512i broadcast_eight(const int8_t* x) {
     return _mm512_set1_epi64(eight);
 }
 
-template <int bits>
+// How a core reads most: rows of tiles side by side, how many bytes are asked for ahead of each, and whether shifts inside a register have ports that
+// multiplications and shifts across two registers do not take. Not all sums of four rows fit into registers.
+struct Intel {
+    static constexpr int streams = kStreams, ahead = 3072;
+    static constexpr bool shift_ports = false;
+};
+struct Zen5 {
+    static constexpr int streams = 1, ahead = 12288;
+    static constexpr bool shift_ports = true;
+};
+
+template <int bits, int ahead = 3072>
 inline void prefetch_group(const uint8_t* group) {
-    constexpr int line = 64, ahead = 3072;
+    constexpr int line = 64;
     for (int i = 0; i < bits; i++) __builtin_prefetch(group + ahead + i * line);
 }
 
-template <int bits>
+// With `shift_ports` every second window is two shifts and an `or`, so that no port waits for another.
+template <int bits, bool shift_ports = false>
 struct Strands {
     __m512i word[bits + 1];
 
@@ -82,7 +94,9 @@ struct Strands {
     template <int step>
     __m512i window() const {
         constexpr int first = step * bits / 16, shift = step * bits % 16;
-        return shift == 0 ? word[first] : _mm512_shrdi_epi16(word[first], word[first + 1], shift);
+        if constexpr (shift == 0) return word[first];
+        else if constexpr (shift_ports && step % 2 == 1) return _mm512_or_si512(_mm512_srli_epi16(word[first], shift), _mm512_slli_epi16(word[first + 1], 16 - shift));
+        else return _mm512_shrdi_epi16(word[first], word[first + 1], shift);
     }
 };
 
@@ -187,7 +201,7 @@ void tokens_product(const TileRows& w, int64_t segment_tiles, const SegmentedRow
 }
 
 // A row of tiles of each of `rows` streams, whose rows lie `distance` rows apart. Short segments would spend their time on sums if those were stored in between.
-template <int bits, int rows>
+template <class Core, int bits, int rows>
 [[gnu::flatten]] void strand_rows(const uint8_t* packed, int64_t tiles, int64_t distance, const SegmentedRow& x, float* y) {
     const LevelTable<bits> table;
     __m512 total[rows][4];
@@ -203,8 +217,8 @@ template <int bits, int rows>
             const __m512i ordered = order_inputs(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(input))));
             const __m512i pair[2] = {_mm512_unpacklo_epi64(ordered, ordered), _mm512_unpackhi_epi64(ordered, ordered)};
             repeat<rows>([&](auto row) {
-                prefetch_group<bits>(at + row * stride);
-                const Strands<bits> strands(at + row * stride);
+                prefetch_group<bits, Core::ahead>(at + row * stride);
+                const Strands<bits, Core::shift_ports> strands(at + row * stride);
                 repeat<kPairsOfStrand>([&](auto step) {
                     add_dots(sum[row][step / 2], table.levels(strands.template window<step>()), pair[step % 2]);
                 });
@@ -221,20 +235,21 @@ template <int bits, int rows>
 }
 
 // Each stream goes through a part of the rows, so that what it reads next follows what it has read, at the end of a row, too.
-template <int bits, int streams>
+template <class Core, int bits>
 void product_in_streams(const TileRows& w, const SegmentedRow& x, float* y) {
+    constexpr int streams = Core::streams;
     const int64_t each = w.count / streams, together = each * streams, row_bytes = w.tiles * tile_bytes(bits);
-    for (int64_t row = 0; row < each; row++) strand_rows<bits, streams>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
+    for (int64_t row = 0; row < each; row++) strand_rows<Core, bits, streams>(w.packed + row * row_bytes, w.tiles, each, x, y + row * kTileOutputs);
     in_blocks<streams - 1>(w.count - together, [&](auto rows, int64_t) {
-        strand_rows<bits, rows>(w.packed + together * row_bytes, w.tiles, 1, x, y + together * kTileOutputs);
+        strand_rows<Core, bits, rows>(w.packed + together * row_bytes, w.tiles, 1, x, y + together * kTileOutputs);
     });
 }
 
-// Two threads of an Intel read more with four streams each, although not all of their sums fit into registers; those of a Zen 5 read up to a half less.
+// A Zen 4 was not at hand and is taken for a Zen 5.
 template <int bits>
 void strands_product(const TileRows& w, const SegmentedRow& x, float* y) {
-    if (__builtin_cpu_is("intel")) product_in_streams<bits, kStreams>(w, x, y);
-    else product_in_streams<bits, 2>(w, x, y);
+    if (__builtin_cpu_is("intel")) product_in_streams<Intel, bits>(w, x, y);
+    else product_in_streams<Zen5, bits>(w, x, y);
 }
 
 }  // namespace
