@@ -15,8 +15,8 @@ transformers = pytest.importorskip("transformers", reason="needs the extra septe
 import septet  # noqa: E402
 from septet.integrations.huggingface import SeptetConfig  # noqa: E402
 
-# The mesh of the model keeps torch's gloo groups alive after destroy_process_group. One of their threads that still holds a tensor when the interpreter ends
-# aborts the process (torch 2.13, without septet too: github.com/pytorch/pytorch/pull/179291), so a rank that is done ends without that.
+# The mesh of the model keeps torch's gloo groups alive after destroy_process_group. One of their threads that still holds a tensor when the
+# interpreter ends aborts the process (torch 2.13, without septet too: github.com/pytorch/pytorch/pull/179291), so a rank ends without that.
 WORKER = """
 import os, sys, torch, septet
 from transformers import AutoModelForCausalLM
