@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import sys
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-__all__ = ["COMPILERS", "GPUS", "needs", "reason", "skip_module_without", "working_compilers", "working_gpus"]
+__all__ = ["COMPILERS", "GPUS", "needs", "program", "reason", "skip_module_without", "working_compilers", "working_gpus"]
 
 #: Name -> in words.
 GPUS = {"cuda": "a GPU", "two-gpus": "two GPUs", "hopper": "a Hopper GPU"}
@@ -64,3 +68,9 @@ def skip_module_without(name: str, instead: str) -> None:
     """Skip the module that calls this, unless there is one of them; arguments as for `reason`."""
     if _is_missing(name):
         pytest.skip(reason(name, instead), allow_module_level=True)
+
+
+def program(*names: str) -> str | None:
+    """The first of these programs that is on the path or beside the interpreter."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    return next(filter(None, (shutil.which(name, path=places) for name in names)), None)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from needs import program
 from septet.codes.tile import TILE_OUTPUTS
 from test_golden import FILES, array_of, layer_of
 
@@ -23,12 +22,6 @@ NATIVE = Path(__file__).parent.parent / "native"
 CODES = {"split": 0, "trellis": 1, "int8": 2}
 #: processor -> the sets that it must run
 PROCESSORS = {"max": "scalar,neon,neon-dotprod,neon-i8mm", "cortex-a76": "scalar,neon,neon-dotprod", "cortex-a57": "scalar,neon"}
-
-
-def program(*names: str) -> str | None:
-    """The first of these programs that is on the path or beside the interpreter."""
-    places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-    return next(filter(None, (shutil.which(name, path=places) for name in names)), None)
 
 
 TOOLS = {
