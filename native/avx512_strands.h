@@ -65,7 +65,7 @@ inline __m512i broadcast_eight(const int8_t* x) {
 }
 
 // How a core reads most: rows of tiles side by side, how many bytes are asked for ahead of each, and whether shifts inside a register have ports that
-// multiplications and shifts across two registers do not take. Not all sums of four rows fit into registers.
+// multiplications and shifts across two registers do not take (measured: docs/log.md, 2026-11-23). Not all sums of four rows fit into registers.
 struct Intel {
     static constexpr int streams = kStreams, ahead = 3072;
     static constexpr bool shift_ports = false;
@@ -75,7 +75,7 @@ struct Zen5 {
     static constexpr bool shift_ports = true;
 };
 
-template <int bits, int ahead = 3072>
+template <int bits, int ahead = Intel::ahead>
 inline void prefetch_group(const uint8_t* group) {
     constexpr int line = 64;
     for (int i = 0; i < bits; i++) __builtin_prefetch(group + ahead + i * line);

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from needs import program
 from septet import kernels
 from septet.errors import BackendUnavailableError
 from septet.kernels import fortran_library, reference
@@ -89,10 +87,8 @@ def test_without_any_fortran_library_the_reason_says_what_is_missing(monkeypatch
 
 def test_the_build_goes_on_without_fortran_compilers(tmp_path: Path) -> None:
     """native/fortran in a project of its own, where no program can be found: it configures and builds, and names what is missing."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    cmake, ninja = (shutil.which(name, path=path) for name in ("cmake", "ninja"))
-    if not (cmake and ninja):
-        pytest.skip("needs cmake and ninja; make test installs them")
+    cmake, ninja = program("cmake"), program("ninja")
+    assert cmake and ninja, "cmake and ninja must be on the path or beside the interpreter: make test installs them"
     source = Path(__file__).parent.parent / "native" / "fortran"
     project = f'cmake_minimum_required(VERSION 3.18)\nproject(septet LANGUAGES NONE)\nadd_subdirectory("{source}" fortran)\n'
     (tmp_path / "CMakeLists.txt").write_text(project)
