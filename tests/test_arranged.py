@@ -159,7 +159,7 @@ def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> No
 
 @pytest.mark.skipif(
     "avx512vbmi" not in SETS,
-    reason="needs AVX-512 VBMI: SEPTET_EXPECT_BACKENDS demands avx512vbmi where a machine has it; above, the sets of this machine are tested",
+    reason="needs AVX-512 VBMI: SEPTET_EXPECT_BACKENDS demands avx512vbmi where a machine has it; above, all sets of this machine run",
 )
 def test_loops_for_other_cores_give_the_same_bits(tmp_path: Path) -> None:
     source, cmake = Path(__file__).parent.parent / "native", program("cmake")
