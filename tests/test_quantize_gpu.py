@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from septet.errors import CheckpointError, OptionError  # noqa: E402
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
 from septet.quantize.factorization import Factor, factorize  # noqa: E402
 from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
-from septet.quantize.statistics import corrected, input_metric  # noqa: E402
-from septet.quantize_gpu import feedback, linear_algebra, uploads  # noqa: E402
+from septet.quantize.statistics import OUTPUT_DAMPINGS, corrected, input_metric, output_factor  # noqa: E402
+from septet.quantize_gpu import factorization, feedback, uploads  # noqa: E402
+from septet.quantize_gpu import statistics as on_gpu  # noqa: E402
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])
@@ -46,8 +48,8 @@ def test_feedback_with_the_same_factors_gives_the_same_bytes() -> None:
     others = [factorize(correlated(count, 6), (1.0,), 64) if known else Factor(None) for count, known in zip(counts, knows)]
     expected = encode_sheets([Sheet(*pair) for pair in zip(rotated, others)], factor, 7)
 
-    def there(known: Factor) -> linear_algebra.Factor | None:
-        return None if known.coefficients is None else linear_algebra.Factor(torch.from_numpy(known.coefficients), known.shift)
+    def there(known: Factor) -> factorization.Factor | None:
+        return None if known.coefficients is None else factorization.Factor(torch.from_numpy(known.coefficients), known.shift)
 
     sheets = [feedback.Sheet(torch.from_numpy(rows), there(known)) for rows, known in zip(rotated, others)]
     for (packed, levels), (wanted, wanted_levels) in zip(feedback.encode_sheets(sheets, there(factor), 7, encoder), expected):
@@ -57,15 +59,15 @@ def test_feedback_with_the_same_factors_gives_the_same_bytes() -> None:
 
 @pytest.fixture(params=[1024, 64], ids=["one panel", "panels"])
 def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_algebra, "_PANEL", request.param)
-    monkeypatch.setattr(linear_algebra, "_SLAB", 20 * request.param)
+    monkeypatch.setattr(factorization, "_PANEL", request.param)
+    monkeypatch.setattr(on_gpu, "_SLAB", 20 * request.param)
 
 
 def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
     """And the Hessian is still there afterwards."""
     hessian, tiles = correlated(170, 7), np.arange(170) // 4
     known = factorize(hessian)
-    metric = linear_algebra.input_metric(GroupStatistics(hessian), torch.ones(170), 1)
+    metric = on_gpu.input_metric(GroupStatistics(hessian), torch.ones(170), 1)
     made = metric.known.factor(4)
     assert made.shift == known.shift
     below = np.where(tiles[:, None] > tiles, made.coefficients.numpy(), 0)
@@ -77,7 +79,7 @@ def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
 def test_targets_for_moved_inputs_are_those_of_the_processor(panel: None) -> None:
     statistics, scale = known_of(160, [64]), np.linspace(-1, 2, 160, dtype=np.float32) + 0.01
     rows = np.random.default_rng(2).standard_normal((9, 160)).astype(np.float32)
-    made = linear_algebra.input_metric(statistics, torch.from_numpy(scale), 32).corrected(torch.from_numpy(rows))
+    made = on_gpu.input_metric(statistics, torch.from_numpy(scale), 32).corrected(torch.from_numpy(rows))
     expected = corrected(rows, input_metric(statistics, scale, 32))
     assert np.abs(expected - rows).max() > 0.1
     assert np.allclose(made.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -88,10 +90,35 @@ def test_a_hessian_that_needs_more_damping_is_whole_at_the_second_attempt(panel:
     hessian[100, 7] = hessian[7, 100] = 1.02 * (hessian[7, 7] * hessian[100, 100]).sqrt() + 0.02 * hessian.trace() / 130
     whole = hessian / (hessian.trace() / 130)
     assert torch.linalg.eigvalsh(whole)[0] < -0.0005
-    made = linear_algebra.decompose(hessian.clone(), (0.0005, 5.0))
+    made = factorization.decompose(hessian.clone(), (0.0005, 5.0))
     root = made.matrix.tril()
     assert torch.allclose(root @ root.T, whole + 5 * torch.eye(130), atol=1e-12)
-    assert linear_algebra.decompose(hessian.clone(), (0.0005,)) is None
+    assert factorization.decompose(hessian.clone(), (0.0005,)) is None
+
+
+def test_outputs_get_the_factors_of_the_processor_or_none(panel: None) -> None:
+    """Of sensitivities that need no damping, or more; that are not known, of no use, or within a tile."""
+    direction, scale = np.random.default_rng(8).standard_normal(192), np.where(np.arange(192) % 3, 1.5, -1.5)
+    plain, hopeless = correlated(192, 4), np.full((192, 192), np.nan)
+    # Its least eigenvalue is -1.9 of the mean diagonal.
+    weak = -3 * np.outer(direction, direction) / (direction @ direction)
+    weak[np.diag_indices(192)] = 1
+    cases = [plain, None, weak, hopeless, np.eye(64)]
+    made = on_gpu.output_factors([(case, scale[: 192 if case is None else len(case)]) for case in cases], 64, "cpu")
+    assert [one is None for one in made] == [False, True, False, True, True]
+    tiles = np.arange(192) // 64
+    for case, one in ((plain, made[0]), (weak, made[2])):
+        known = output_factor(case, scale, 64)
+        below = np.where(tiles[:, None] > tiles, one.coefficients.numpy(), 0)
+        assert one.shift == known.shift
+        assert np.abs(below - known.coefficients).max() <= 2.0 ** (known.shift - 30)
+    assert [output_factor(case, scale, 64).damping for case in (plain, weak)] == list(OUTPUT_DAMPINGS)
+
+
+def uploaded(weight: StoredMatrix) -> torch.Tensor:
+    there = torch.empty(tuple(weight.shape))
+    uploads.upload(weight, there)
+    return there
 
 
 def test_a_matrix_that_is_read_in_pieces_is_the_one_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +129,12 @@ def test_a_matrix_that_is_read_in_pieces_is_the_one_on_disk(tmp_path: Path, monk
     uploads._staging.cache_clear()
     for key in ("w", "wide"):
         stored = StoredMatrix(file, key)
-        assert np.array_equal(uploads.uploaded(stored, "cpu").numpy(), stored[:])
+        assert np.array_equal(uploaded(stored).numpy(), stored[:])
     uploads._staging.cache_clear()
     file.path.write_bytes(file.path.read_bytes()[:-16000])
     with pytest.raises(CheckpointError, match="a file that ends early"):
-        uploads.uploaded(StoredMatrix(file, "w"), "cpu")
+        uploaded(StoredMatrix(file, "w"))
+    uploads._staging.cache_clear()
 
 
 def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupStatistics) -> float:
@@ -117,17 +145,24 @@ def loss(weights: list[np.ndarray], made: list[QuantizedTensor], known: GroupSta
 def test_with_statistics_the_loss_is_the_processors() -> None:
     inputs, outputs = 132, [192, 64]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
-    made = quantize_gpu.quantize_trellis(weights, NAMES, settings(), known)
+    made = quantize_gpu.quantize_trellis(weights, NAMES, settings(), lambda: known)
     expected = quantize_trellis(weights, NAMES, 7, 64, 5, statistics=known)
     assert loss(weights, made, known) == pytest.approx(loss(weights, expected, known), rel=0.02)
     assert np.mean(made[0].packed == expected[0].packed) > 0.5
     assert [one.config().keys() for one in made] == [one.config().keys() for one in expected]
+    for one in made:
+        stored = QuantizedTensor(**{field.name: getattr(one, field.name) for field in fields(QuantizedTensor)})
+        # First those that are there still, then those that the bytes stand for.
+        for _ in range(2):
+            assert np.array_equal(quantize_gpu.dequantize(one, "cpu").numpy(), dequantize(stored))
+            assert not one.decoded
 
 
 def test_statistics_that_say_nothing_mean_plain_rounding() -> None:
     weights = weights_of(64, [64])
     nothing = GroupStatistics(np.full((64, 64), np.nan))
-    assert_same(quantize_gpu.quantize_trellis(weights, ["w"], settings(), nothing)[0], quantize_trellis(weights, ["w"], 7, 64, 5)[0])
+    made = quantize_gpu.quantize_trellis(weights, ["w"], settings(), lambda: nothing)
+    assert_same(made[0], quantize_trellis(weights, ["w"], 7, 64, 5)[0])
 
 
 KERNEL_CHECK = """
@@ -181,7 +216,7 @@ def test_a_gpu_without_statistics_writes_the_bytes_of_the_processor() -> None:
 def test_a_gpu_with_statistics_loses_what_the_processor_loses() -> None:
     inputs, outputs = 576, [576, 192]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
-    made, again = (quantize_gpu.quantize_trellis(weights, NAMES, quantize_gpu.Settings(), known) for _ in range(2))
+    made, again = (quantize_gpu.quantize_trellis(weights, NAMES, quantize_gpu.Settings(), lambda: known) for _ in range(2))
     assert loss(weights, made, known) == pytest.approx(loss(weights, quantize_trellis(weights, NAMES, statistics=known), known), rel=0.02)
     for one, other in zip(made, again):
         assert_same(one, other)
@@ -213,7 +248,7 @@ def test_a_checkpoint_comes_out_as_on_the_processor(
     from septet.checkpoint import QuantizeOptions
     from septet.cli.quantize import quantize_with_bar
 
-    monkeypatch.setattr("septet.quantize_gpu.trellis._kernel", lambda device, feedback: encoder)
+    monkeypatch.setattr("septet.quantize_gpu.pieces._kernel", lambda device, feedback: encoder)
     options = QuantizeOptions(effort=effort, calibration="self" if effort else "none", calibration_tokens=600 if effort else 0)
     for out, device in (("here", "cpu"), ("there", "cpu:0")):
         assert quantize_with_bar(str(tiny_model_dir), tmp_path / out, options, calibration="self", device=device)

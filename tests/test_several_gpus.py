@@ -20,7 +20,7 @@ from septet.checkpoint import QuantizeOptions  # noqa: E402
 from septet.codes import trellis, trellis_search  # noqa: E402
 from septet.errors import OptionError  # noqa: E402
 from septet.model import plan  # noqa: E402
-from septet.quantize_gpu import feedback, linear_algebra  # noqa: E402
+from septet.quantize_gpu import factorization, feedback  # noqa: E402
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -29,17 +29,17 @@ def test_more_devices_change_no_byte(knows: bool) -> None:
     inputs, outputs = 36, [2048, 192, 64]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs) if knows else None
     names = [*NAMES, "block.v"]
-    expected = quantize_gpu.quantize_trellis(weights, names, settings(), known)
+    expected = quantize_gpu.quantize_trellis(weights, names, settings(), lambda: known)
     for helpers in (("cpu:0",), ("cpu:0", "cpu:1", "cpu:2", "cpu:3", "cpu:4")):
-        made = quantize_gpu.quantize_trellis(weights, names, replace(settings(), helpers=helpers), known)
+        made = quantize_gpu.quantize_trellis(weights, names, replace(settings(), helpers=helpers), lambda: known)
         for one, other in zip(made, expected):
             assert_same(one, other)
 
 
 def test_a_gpu_without_a_share_gets_no_copy() -> None:
     weights, known = weights_of(36, [64]), known_of(36, [64])
-    expected = quantize_gpu.quantize_trellis(weights, NAMES[:1], settings(), known)
-    made = quantize_gpu.quantize_trellis(weights, NAMES[:1], replace(settings(), helpers=("cuda:4711",)), known)
+    expected = quantize_gpu.quantize_trellis(weights, NAMES[:1], settings(), lambda: known)
+    made = quantize_gpu.quantize_trellis(weights, NAMES[:1], replace(settings(), helpers=("cuda:4711",)), lambda: known)
     assert_same(made[0], expected[0])
 
 
@@ -66,8 +66,8 @@ def test_two_gpus_write_the_bytes_of_one() -> None:
     inputs, outputs = 576, [2048, 1024]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
     one, two = (quantize_gpu.Settings(device="cuda:0", helpers=helpers) for helpers in ((), ("cuda:1",)))
-    expected = quantize_gpu.quantize_trellis(weights, NAMES, one, known)
-    for made, wanted in zip(quantize_gpu.quantize_trellis(weights, NAMES, two, known), expected):
+    expected = quantize_gpu.quantize_trellis(weights, NAMES, one, lambda: known)
+    for made, wanted in zip(quantize_gpu.quantize_trellis(weights, NAMES, two, lambda: known), expected):
         assert_same(made, wanted)
 
 
@@ -91,8 +91,8 @@ def test_the_encoder_in_clusters_and_the_steps_around_it_are_exact() -> None:
     if not clusters.fits(0):
         pytest.skip(reason("hopper", "this GPU has no clusters; below, the kernels are compiled for those that have"))
     rng, inputs, rows = np.random.default_rng(5), 4 * feedback.BATCH_STEPS * 2 + 10, (1024, 64, 100, 200)
-    factor = linear_algebra.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
-    others = [linear_algebra.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]
+    factor = factorization.decompose(torch.from_numpy(correlated(inputs, 1)).cuda(), (0.03,)).factor(4)
+    others = [factorization.decompose(torch.from_numpy(correlated(count, 2)).cuda(), (1.0,)).factor(64) for count in rows]
     sheets = [
         feedback.Sheet(torch.from_numpy(rng.standard_normal((count, inputs)).astype(np.float32)).cuda(), None if count == 100 else other)
         for count, other in zip(rows, others)

@@ -12,6 +12,7 @@ Reference: layer by layer after Frantar et al. 2023 (GPTQ, arXiv 2210.17323); mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from septet.errors import OptionError, UnsupportedModelError
 from septet.model import LayerPlan
 from septet.quantize import GroupStatistics, QuantizedTensor, dequantize
 from septet.quantize.scales import sum_all
-from septet.quantize_gpu.uploads import bring
+from septet.quantize_gpu.uploads import bringing
 
 __all__ = ["Calibrator"]
 
@@ -159,18 +160,17 @@ class Calibrator:
 
     def _go_on(self) -> None:
         """Move the hidden states behind the current block, and see what the next one gets in the unquantized model."""
-        if self._chain is None:
-            self._chain = Chain(self._model, self._blocks, self._windows, self._machine)
-            self._hidden = self._chain.hidden
-            self._original = self._hidden
-        else:
-            parts = self._passes.run(self._hidden, {}, lambda number, inputs: None, stop=False)
-            self._hidden = [moved for part in parts for _, moved in part]
-            self._blocks[self._current].to("meta")
+        block = self._blocks[self._current + 1]
+        with bringing(block, self._machine.device) if self._machine.is_gpu else nullcontext():
+            if self._chain is None:
+                self._chain = Chain(self._model, self._blocks, self._windows, self._machine)
+                self._hidden = self._chain.hidden
+                self._original = self._hidden
+            else:
+                parts = self._passes.run(self._hidden, {}, lambda number, inputs: None, stop=False)
+                self._hidden = [moved for part in parts for _, moved in part]
+                self._blocks[self._current].to("meta")
         self._current += 1
-        block = self._blocks[self._current]
-        if self._machine.is_gpu:
-            bring(block, self._machine.device)
         block.float()
         members = [layer for layer in self._layers if self._block_of(layer) == self._current]
         self._passes = Passes(self._chain, self._current, block, list(map(self._name_within, members)), self._machine)

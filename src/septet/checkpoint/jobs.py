@@ -60,11 +60,10 @@ class Calibration(Protocol):
         """Let later statistics see this layer's quantized weights."""
 
 
-#: Quantizes layers that belong together; arguments and result are those of `quantize_group`.
-Quantizer = Callable[
-    [Sequence[LayerPlan], Sequence[RowSource], QuantizeOptions, int, GroupStatistics | None],
-    list[QuantizedTensor],
-]
+#: What is known of a group, found when it is asked for: once, and before anything is made of the group.
+Statistics = Callable[[], GroupStatistics | None]
+#: Quantizes layers that belong together; arguments and result are those of `quantize_group`, but for when statistics are asked for.
+Quantizer = Callable[[Sequence[LayerPlan], Sequence[RowSource], QuantizeOptions, int, Statistics], Sequence[QuantizedTensor]]
 
 
 def list_jobs(source: ModelDirectory, layers: list[LayerPlan], options: QuantizeOptions) -> list[Job]:
@@ -141,8 +140,14 @@ def quantize_job(
 ) -> list[QuantizedTensor]:
     """Quantize the layers of a job, with error feedback where the calibration knows something; `quantize_group` does it by default."""
     matrices = read_matrices(source, job.layers)
-    statistics = calibration.statistics(job.layers) if calibration is not None and job.layers[0].code != "int8" else None
-    made = (quantizer or quantize_group)(job.layers, matrices, options, threads, statistics)
+
+    def statistics() -> GroupStatistics | None:
+        return calibration.statistics(job.layers) if calibration is not None and job.layers[0].code != "int8" else None
+
+    if quantizer is None:
+        made = quantize_group(job.layers, matrices, options, threads, statistics())
+    else:
+        made = list(quantizer(job.layers, matrices, options, threads, statistics))
     if calibration is not None:
         for layer, quantized in zip(job.layers, made):
             calibration.take_over(layer, quantized)

@@ -14,7 +14,7 @@ from septet.errors import OptionError
 if TYPE_CHECKING:
     from septet.calibration import Machine
     from septet.checkpoint import QuantizeOptions
-    from septet.checkpoint.jobs import Quantizer
+    from septet.checkpoint.jobs import Quantizer, Statistics
     from septet.model import LayerPlan
     from septet.quantize import GroupStatistics, QuantizedTensor
     from septet.quantize.tensor import RowSource
@@ -94,11 +94,12 @@ def quantizer_on(device: str) -> Quantizer | None:
         layers: Sequence[LayerPlan],
         matrices: Sequence[RowSource],
         options: QuantizeOptions,
-        threads: int = 0,
-        statistics: GroupStatistics | None = None,
-    ) -> list[QuantizedTensor]:
+        threads: int,
+        statistics: Statistics,
+    ) -> Sequence[QuantizedTensor]:
         if layers[0].code != "trellis":
-            return quantize_group(layers, matrices, options, threads, None if statistics is None else in_host_memory(statistics))
+            found = statistics()
+            return quantize_group(layers, matrices, options, threads, None if found is None else in_host_memory(found))
         first, *helpers = devices_of(device)
         settings = quantize_gpu.Settings(layers[0].bits_per_pair, options.rotation_block, options.seed, first, helpers=tuple(helpers))
         return quantize_gpu.quantize_trellis(list(matrices), [layer.name for layer in layers], settings, statistics)

@@ -24,8 +24,8 @@ from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS, WEIGHTS_PER_TILE
 from septet.quantize.factorization import ERROR_BITS
 from septet.quantize.feedback import ERROR_SHIFT
 from septet.quantize_gpu import clusters
+from septet.quantize_gpu.factorization import Factor
 from septet.quantize_gpu.graphs import Repeated
-from septet.quantize_gpu.linear_algebra import Factor
 from septet.quantize_gpu.rotation import pack, window_levels
 from septet.quantize_gpu.steps import Steps
 

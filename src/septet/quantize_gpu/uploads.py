@@ -5,9 +5,9 @@ Nothing passes through memory that is new to the process, which would take longe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from queue import SimpleQueue
 
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from septet.quantize.tensor import RowSource
+from septet.quantize_gpu.devices import beside
 
-__all__ = ["bring", "uploaded"]
+__all__ = ["bringing", "upload"]
 
 #: Bytes of a piece, and how many there are; a thread for each.
 _PIECE = 1 << 22
@@ -62,27 +63,41 @@ class _Staging:
         list(self._threads.map(piece, range(0, len(there), _PIECE)))
 
 
-def uploaded(weight: RowSource, device: str) -> torch.Tensor:
-    """A matrix on the device, float32 [N, K]; stored as bfloat16 it is widened there."""
+def upload(weight: RowSource, there: torch.Tensor) -> None:
+    """Fill float32 [N, K], on a device, with a matrix; one stored as bfloat16 is widened there."""
     if not getattr(weight, "is_bfloat16", False):
-        return torch.from_numpy(np.ascontiguousarray(weight[:])).to(device)
-    there = _sent(weight.bfloat16_bytes, 2 * weight.shape[0] * weight.shape[1], device)
-    return there.view(torch.bfloat16).view(weight.shape).float()
+        there.copy_(torch.from_numpy(np.ascontiguousarray(weight[:])))
+        return
+    narrow = torch.empty_like(there, dtype=torch.bfloat16)
+    _send(weight.bfloat16_bytes, narrow.view(-1).view(torch.uint8))
+    there.copy_(narrow)
 
 
-def bring(module: nn.Module, device: str) -> None:
-    """Move the tensors of a module from the host's memory to a device, with their dtypes."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        here = tensor.data.contiguous().view(-1).view(torch.uint8).numpy()
-        there = _sent(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), len(here), device)
-        tensor.data = there.view(tensor.dtype).view(tensor.shape)
+@contextmanager
+def bringing(module: nn.Module, device: str) -> Iterator[None]:
+    """Move the tensors of a module from the host's memory to a device, with their dtypes, beside what is done inside the `with`.
+
+    They are there at its end, and where they were until then.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    sources = [tensor.data.contiguous() for tensor in tensors]
+    there = [torch.empty_like(source, device=device) for source in sources]
+
+    def fill() -> None:
+        for source, place in zip(sources, there):
+            here = source.view(-1).view(torch.uint8).numpy()
+            _send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), place.view(-1).view(torch.uint8))
+
+    with beside(device, fill) as arrived:
+        yield
+        arrived()
+    for tensor, place in zip(tensors, there):
+        tensor.data = place
 
 
-def _sent(source: Source, size: int, device: str) -> torch.Tensor:
-    """So many bytes on the device, uint8 [size]."""
-    there = torch.empty(size, dtype=torch.uint8, device=device)
-    _staging(device).send(source, there)
-    return there
+def _send(source: Source, there: torch.Tensor) -> None:
+    """Fill uint8 [n] on a device."""
+    _staging(str(there.device)).send(source, there)
 
 
 @cache
