@@ -41,11 +41,10 @@ struct LevelTable {
     const __m512i low = load(kLow), high = load(kHigh);
     const __m512i c_low = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier & 0xFFFF)), c_high = _mm512_set1_epi16(static_cast<int16_t>(kMultiplier >> 16));
 
-    // Levels + 128 of 32 pairs.
-    __m512i levels(__m512i window) const {
-        const __m512i hash = _mm512_add_epi16(_mm512_mulhi_epu16(window, c_low), _mm512_mullo_epi16(window, c_high));
-        return _mm512_permutex2var_epi8(low, hash, high);
-    }
+    __m512i hash(__m512i window) const { return _mm512_add_epi16(_mm512_mulhi_epu16(window, c_low), _mm512_mullo_epi16(window, c_high)); }
+    // Levels + 128 of 32 pairs, from hashes or from windows.
+    __m512i hashed_levels(__m512i hashes) const { return _mm512_permutex2var_epi8(low, hashes, high); }
+    __m512i levels(__m512i window) const { return hashed_levels(hash(window)); }
 };
 
 // 128-bit lanes of a and b in turns: those of the lower half, or of the upper one.
@@ -64,14 +63,15 @@ inline __m512i broadcast_eight(const int8_t* x) {
     return _mm512_set1_epi64(eight);
 }
 
-// How a core reads most: rows of tiles side by side, how many bytes are asked for ahead of each, and whether shifts inside a register have ports that
-// multiplications and shifts across two registers do not take (measured: docs/log.md, 2026-11-23). Not all sums of four rows fit into registers.
+// How a core reads most: rows of tiles side by side, how many bytes are asked for ahead of each, how many steps hashes are found before they are looked up,
+// and whether shifts inside a register have ports that multiplications and shifts across two registers do not take (measured: docs/log.md, 2026-11-23).
+// Not all sums of four rows fit into registers, and hashes do not beside them.
 struct Intel {
-    static constexpr int streams = kStreams, ahead = 3072;
+    static constexpr int streams = kStreams, ahead = 3072, hashes_ahead = 0;
     static constexpr bool shift_ports = false;
 };
 struct Zen5 {
-    static constexpr int streams = 1, ahead = 12288;
+    static constexpr int streams = 1, ahead = 12288, hashes_ahead = 6;
     static constexpr bool shift_ports = true;
 };
 
@@ -219,8 +219,12 @@ template <class Core, int bits, int rows>
             repeat<rows>([&](auto row) {
                 prefetch_group<bits, Core::ahead>(at + row * stride);
                 const Strands<bits, Core::shift_ports> strands(at + row * stride);
+                __m512i hash[kPairsOfStrand];
+                repeat<Core::hashes_ahead>([&](auto step) { hash[step] = table.hash(strands.template window<step>()); });
                 repeat<kPairsOfStrand>([&](auto step) {
-                    add_dots(sum[row][step / 2], table.levels(strands.template window<step>()), pair[step % 2]);
+                    constexpr int later = step + Core::hashes_ahead;
+                    if constexpr (later < kPairsOfStrand) hash[later] = table.hash(strands.template window<later>());
+                    add_dots(sum[row][step / 2], table.hashed_levels(hash[step]), pair[step % 2]);
                 });
             });
         }

@@ -27,9 +27,6 @@ private:
     char* next_ = nullptr;
 };
 
-// Outputs of one layer inside a product: they begin at `offset`; a trellis layer rotates them in blocks.
-struct Part { int64_t offset, outputs, block; };
-
 // Layers with the same inputs as one product.
 struct Linear {
     septet_layer stored{};
@@ -38,8 +35,7 @@ struct Linear {
     // Layers that `share_inputs`; copies them, in the order that the kernels in use now have for them.
     Linear(Arena& arena, const septet_layer* const* layers, int count);
     Layer layer() const { return Layer(stored); }
-    // The float32 outputs of a token, finished: rotated and scaled.
-    void finish(const KernelTable& kernels, const Part& part, float* y) const;
+    Finishing finishing() const { return {parts.data(), static_cast<int64_t>(parts.size()), stored.scale}; }
 };
 
 bool share_inputs(const septet_layer& a, const septet_layer& b);

@@ -41,7 +41,7 @@ public:
         float* y = padded ? padded.get() : logits;
         multiply(head, work_.normed.get(), wanted, y);
         for (int64_t m = 0; m < wanted; m++) {
-            head.finish(kernels_, head.parts[0], y + m * width);
+            if (wanted > 1 && head.stored.code == SEPTET_TRELLIS) head.finishing().finish(kernels_, 0, width, y + m * width);
             if (padded) std::copy_n(y + m * width, shape_.vocabulary, logits + m * shape_.vocabulary);
         }
     }
@@ -93,7 +93,7 @@ private:
         const PreparedInputs inputs{work_.rotated.get(), work_.values.get(), work_.scales.get()};
         const bool as_float = shape_.activations == SEPTET_ACTIVATIONS_FLOAT;
         prepare_inputs(kernels_, layer, x, tokens, as_float, inputs, threads_);
-        multiply_inputs(kernels_, layer, inputs, tokens, as_float, y, threads_);
+        multiply_inputs(kernels_, layer, inputs, tokens, as_float, linear.finishing(), y, threads_);
     }
 
     // Products of a slot into work_.y; output(...) finds them there.
@@ -114,8 +114,9 @@ private:
             y += count_ * linear->stored.out_features;
         }
         const Part& part = linear->parts[static_cast<size_t>(index)];
-        y += m * linear->stored.out_features + part.offset;
-        linear->finish(kernels_, part, y);
+        y += m * linear->stored.out_features;
+        if (count_ > 1 && linear->stored.code == SEPTET_TRELLIS) linear->finishing().finish(kernels_, part.offset, part.offset + part.outputs, y);
+        y += part.offset;
         if (!bias.empty()) kernels_.model->add(bias.data(), part.outputs, y);
         return y;
     }

@@ -93,10 +93,6 @@ Linear::Linear(Arena& arena, const septet_layer* const* layers, int count) : sto
     if (stored.code == SEPTET_SPLIT && stored.offset != nullptr) stored.offset = join(arena, layers, parts, stored.out_features, &septet_layer::offset);
 }
 
-void Linear::finish(const KernelTable& kernels, const Part& part, float* y) const {
-    if (stored.code == SEPTET_TRELLIS) finish_outputs(kernels, part.block, stored.scale + part.offset, part.outputs, y);
-}
-
 void Slot::set(Arena& arena, const septet_layer* const* layers, int count) {
     std::vector<Linear> made;
     for (int first = 0, last; first < count; first = last) {

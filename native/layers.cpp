@@ -32,7 +32,6 @@ void multiply_float(const KernelTable& kernels, const Layer& layer, FloatRows x,
 
 void multiply_int8(const KernelTable& kernels, const Layer& layer, const septet_activations& x, float* y, int threads) {
     if (layer.stored.code == SEPTET_INT8) return row_product(kernels, layer.rows(), x, y, threads);
-    if (layer.stored.code == SEPTET_TRELLIS) return trellis_product(kernels, layer.matrix(), x, y, threads);
     split_product(kernels, layer.matrix(), layer.split_scales(), x, y, threads);
 }
 
@@ -107,17 +106,20 @@ void prepare_inputs(const KernelTable& kernels, const Layer& layer, const float*
     quantize_rows(kernels, inputs.rotated, layer.inputs, {nullptr, nullptr, tokens, layer.segment}, inputs.values, inputs.scales, around);
 }
 
-void multiply_inputs(const KernelTable& active, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, float* y, int threads) {
+void multiply_inputs(const KernelTable& active, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, const Finishing& finishing,
+                     float* y, int threads) {
     const KernelTable& kernels = layer.arranged_for() == nullptr ? active : *layer.arranged_for();
     const FloatRows x{inputs.rotated, layer.inputs, tokens};
+    const septet_activations values{inputs.values, inputs.scales, tokens, layer.segment};
     if (is_dense(layer.stored.code)) return dense_product(kernels, layer.stored, x, y, threads);
-    if (as_float) return multiply_float(kernels, layer, x, y, threads);
-    multiply_int8(kernels, layer, {inputs.values, inputs.scales, tokens, layer.segment}, y, threads);
-}
-
-void finish_outputs(const KernelTable& kernels, int64_t block, const float* scale, int64_t count, float* y) {
-    if (block > 1) kernels.hadamard(y, count, block);
-    kernels.multiply(y, scale, count, y);
+    if (layer.stored.code == SEPTET_TRELLIS && !as_float) {
+        if (trellis_product(kernels, layer.matrix(), values, y, threads, tokens == 1 ? &finishing : nullptr)) return;
+    } else if (as_float) {
+        multiply_float(kernels, layer, x, y, threads);
+    } else {
+        multiply_int8(kernels, layer, values, y, threads);
+    }
+    if (layer.stored.code == SEPTET_TRELLIS && tokens == 1) finishing.finish(kernels, 0, layer.outputs, y);
 }
 
 }  // namespace septet

@@ -35,14 +35,15 @@ void run_layer(const KernelTable& kernels, const Layer& layer, const float* x, i
     Array<int8_t> values = as_float ? nullptr : make_array<int8_t>(tokens * layer.inputs);
     Array<float> scales = as_float ? nullptr : make_array<float>(tokens * layer.segments());
     const PreparedInputs inputs{rotated.get(), values.get(), scales.get()};
+    const Part whole{0, stored.out_features, stored.output_block};
+    const Finishing finishing{&whole, 1, stored.scale};
     prepare_inputs(kernels, layer, x, tokens, as_float, inputs, threads);
     without_padding(tokens, stored.out_features, layer.outputs, y, [&](float* target) {
-        multiply_inputs(kernels, layer, inputs, tokens, as_float, target, threads);
+        multiply_inputs(kernels, layer, inputs, tokens, as_float, finishing, target, threads);
     });
-    if (stored.code != SEPTET_TRELLIS) return;
+    if (stored.code != SEPTET_TRELLIS || tokens == 1) return;
     parallel_for(worthwhile_threads(threads, stored.out_features * 16, tokens), tokens, [&](int64_t first, int64_t last) {
-        for (int64_t m = first; m < last; m++)
-            finish_outputs(kernels, stored.output_block, stored.scale, stored.out_features, y + m * stored.out_features);
+        for (int64_t m = first; m < last; m++) finishing.finish(kernels, 0, stored.out_features, y + m * stored.out_features);
     });
 }
 
@@ -64,7 +65,7 @@ int septet_read_sum(const uint8_t* data, int64_t bytes, uint64_t* sum, int threa
         for (int64_t i = count * 8; i < bytes; i++) total += data[i];
         parallel_for(workers, ceil_divide(count, block), [&](int64_t first, int64_t last) {
             total += kernels.read_sum(numbers + first * block, std::min(last * block, count) - first * block);
-        });
+        }, kMostParts);
         *sum = total;
         return SEPTET_OK;
     });

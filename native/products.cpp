@@ -18,7 +18,7 @@ constexpr int64_t kTokenBlock = 128;       // tokens that share one decoding: 32
 constexpr int64_t kRowBlock = 64;          // rows of an int8 matrix at once
 constexpr int64_t kManyRows = 16;          // of tiles for each thread: then threads share groups of kStreams
 constexpr int64_t kWeightsPerThread = 1 << 19, kWeightsPerAwakeThread = 1 << 15;  // below this, waking a thread costs more than it brings
-constexpr int64_t kWeightsPerPart = 1 << 18, kMostParts = 16;  // more parts even out threads of unequal speed; parts that take microseconds would cost more
+constexpr int64_t kWeightsPerPart = 1 << 18;  // more parts even out threads of unequal speed; parts that take microseconds would cost more
 
 // Inputs of one segment: whole tiles of the weights, and where they begin in the activations.
 struct Piece { int64_t first_tile, tiles, offset; };
@@ -188,7 +188,20 @@ void multiply_segments(const KernelTable& kernels, const Matrix& w, const septet
 
 }  // namespace
 
-void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads) {
+bool Finishing::goes_in_steps(int64_t step) const {
+    return std::all_of(parts, parts + count, [&](const Part& part) { return step % part.block == 0 && part.offset % part.block == 0; });
+}
+
+void Finishing::finish(const KernelTable& kernels, int64_t first, int64_t last, float* y) const {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t begin = std::max(first, parts[i].offset), size = std::min(last, parts[i].offset + parts[i].outputs) - begin;
+        if (size <= 0) continue;
+        if (parts[i].block > 1) kernels.hadamard(y + begin, size, parts[i].block);
+        kernels.multiply(y + begin, scale + begin, size, y + begin);
+    }
+}
+
+bool trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads, const Finishing* finishing) {
     const Segments segments(kernels, x.values, x.tokens, w.inputs(), x.segment, false);
     const int64_t weights = w.inputs() * w.outputs();
     threads = worthwhile_threads(threads, weights, x.tokens);
@@ -197,24 +210,31 @@ void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_a
     if (at_once != nullptr && x.tokens == 1 && x.segment % kTileInputs == 0) {
         const SegmentedRow row{x.values, x.segment / kTileInputs, segments.sums(0, 0), x.scales};
         const int64_t unit = w.rows < kManyRows * threads ? 1 : kStreams;
-        return parallel_for(threads, ceil_divide(w.rows, unit), [&](int64_t first, int64_t last) {
+        const bool finishes = finishing != nullptr && finishing->goes_in_steps(unit * kTileOutputs);
+        parallel_for(threads, ceil_divide(w.rows, unit), [&](int64_t first, int64_t last) {
             first *= unit;
-            at_once({w.tile(first, 0), std::min(last * unit, w.rows) - first, w.columns}, row, y + first * kTileOutputs);
+            last = std::min(last * unit, w.rows);
+            at_once({w.tile(first, 0), last - first, w.columns}, row, y + first * kTileOutputs);
+            if (finishes) finishing->finish(kernels, first * kTileOutputs, last * kTileOutputs, y);
         }, parts);
+        return finishes;
     }
     const bool in_strands = w.decoding >= kStrands6;
     if (in_strands && x.tokens <= kFusedTokens && kernels.tokens_product[w.decoding - kStrands6] != nullptr) {
         const SegmentedRows rows{{x.values, w.inputs(), x.tokens}, segments.sums(0, 0), x.scales, segments.count()};
-        return parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
+        parallel_for(threads, w.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; row++)
                 kernels.tokens_product[w.decoding - kStrands6]({w.tile(row, 0), 1, w.columns}, x.segment / kTileInputs, rows, y + row * kTileOutputs, w.outputs());
         }, parts);
+        return false;
     }
     if (kernels.add_decoded != nullptr && (in_strands || x.tokens > kernels.fused_rows) && x.segment % kTileInputs == 0 && x.segment / kTileInputs <= kChunkTiles)
-        return multiply_segments(kernels, w, x, segments, y, threads, parts);
-    for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
-        kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
-    });
+        multiply_segments(kernels, w, x, segments, y, threads, parts);
+    else
+        for_each_sum(kernels, w, segments, threads, [&](int64_t row, int64_t s, int64_t m, const int32_t* sums) {
+            kernels.add_segment(sums, x.scales[m * segments.count() + s], outputs(y, w, m, row, s == 0));
+        });
+    return false;
 }
 
 void trellis_sums(const KernelTable& kernels, const Matrix& w, const int8_t* values, int64_t tokens, int32_t* sums, int threads) {

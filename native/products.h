@@ -22,8 +22,24 @@ struct Matrix {
     const uint8_t* tile(int64_t row, int64_t column) const { return packed + (row * columns + column) * tile_bytes(bits()); }
 };
 
+// Outputs of one of the layers that are stored as one matrix: they begin at `offset`; a trellis layer rotates them in blocks.
+struct Part { int64_t offset, outputs, block; };
+
+// What makes outputs of a trellis layer's sums: the rotations of its parts, and a scale for each output.
+struct Finishing {
+    const Part* parts;
+    int64_t count;
+    const float* scale;
+
+    // Whether neighbouring outputs can be finished without the others, in ranges that begin at multiples of `step`.
+    bool goes_in_steps(int64_t step) const;
+    // Outputs first .. last - 1, in place.
+    void finish(const KernelTable& kernels, int64_t first, int64_t last, float* y) const;
+};
+
 // Results are float32 [tokens, w.outputs()] (int8: [tokens, rows]); every element is written.
-void trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads);
+// True when outputs have been finished on the way, while they were in a cache: for a single token, with `finishing`, and by some loops only.
+bool trellis_product(const KernelTable& kernels, const Matrix& w, const septet_activations& x, float* y, int threads, const Finishing* finishing = nullptr);
 void trellis_sums(const KernelTable& kernels, const Matrix& w, const int8_t* values, int64_t tokens, int32_t* sums, int threads);
 void split_product(const KernelTable& kernels, const Matrix& w, const septet_split_scales& scales, const septet_activations& x, float* y, int threads);
 // scales nullptr: trellis.

@@ -18,16 +18,36 @@
 namespace septet {
 namespace {
 
-struct Job {
-    RangeBody body;
-    const void* context;
-    int64_t count, parts;
-    std::atomic<int64_t> next{0};
-
-    void work() {
-        for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;)
-            body(context, count * part / parts, count * (part + 1) / parts);
+// Each thread has a share of the parts, one behind the other: what it asks memory for ahead of itself is what it needs next. When that is done it helps out
+// with the shares of the others.
+class Job {
+public:
+    Job(RangeBody body, const void* context, int64_t count, int threads, int64_t parts)
+        : body_(body), context_(context), count_(count), parts_(parts), shares_(std::min(threads, kMostShares)) {
+        for (int share = 0; share < shares_; share++) each_[share].next.store(begin_of(share), std::memory_order_relaxed);
     }
+
+    // `thread`: who works, from 0 on.
+    void work(int thread) {
+        for (int tried = 0; tried < shares_; tried++) {
+            const int share = (thread + tried) % shares_;
+            const int64_t end = begin_of(share + 1);
+            for (int64_t part; (part = each_[share].next.fetch_add(1, std::memory_order_relaxed)) < end;)
+                body_(context_, count_ * part / parts_, count_ * (part + 1) / parts_);
+        }
+    }
+
+private:
+    static constexpr int kMostShares = 64;
+    struct alignas(64) Share { std::atomic<int64_t> next; };  // in a cache line of its own
+
+    int64_t begin_of(int share) const { return parts_ * share / shares_; }
+
+    RangeBody body_;
+    const void* context_;
+    int64_t count_, parts_;
+    int shares_;
+    Share each_[kMostShares];
 };
 
 // How many AwakeThreads there are.
@@ -61,7 +81,7 @@ class Pool {
 public:
     void run(int threads, Job& job) {
         std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
-        if (!caller.owns_lock()) return job.work();
+        if (!caller.owns_lock()) return job.work(0);
         start_workers(threads - 1);
         job_ = &job;
         helpers_ = threads - 1;
@@ -71,7 +91,7 @@ public:
             { const std::lock_guard<std::mutex> lock(mutex_); }
             wake_.notify_all();
         }
-        job.work();
+        job.work(0);
         gate_.fetch_and(~kOpen);
         if (look_out([this] { return gate_.load() == 0; })) return;
         std::unique_lock<std::mutex> lock(mutex_);
@@ -100,7 +120,7 @@ private:
             }
             seen = round_.load();
             if (!enter()) continue;
-            if (index < helpers_) job_->work();
+            if (index < helpers_) job_->work(index + 1);
             if (gate_.fetch_sub(kWorker) == kWorker) {
                 { const std::lock_guard<std::mutex> lock(mutex_); }
                 done_.notify_one();
@@ -160,7 +180,7 @@ void run_ranges(int threads, int64_t count, int parts_per_thread, RangeBody body
     if (count <= 0) return;
     threads = static_cast<int>(std::min<int64_t>(threads, count));
     if (threads <= 1) return body(context, 0, count);
-    Job job{body, context, count, std::min<int64_t>(count, static_cast<int64_t>(threads) * parts_per_thread)};
+    Job job(body, context, count, threads, std::min<int64_t>(count, static_cast<int64_t>(threads) * parts_per_thread));
     pool().run(threads, job);
 }
 

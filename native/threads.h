@@ -1,7 +1,7 @@
 // A small pool of threads for loops over independent parts.
 //
-// Which part a thread takes is left to chance, where the parts begin is not, and no part depends on another: results are the same for any number of
-// threads. Idle workers sleep. A second caller, while the pool is busy, works alone instead of waiting.
+// Each thread has a share of neighbouring parts and goes through them in order. Who ends up with a part is left to chance, where the parts begin is not, and no
+// part depends on another: results are the same for any number of threads. Idle workers sleep. A second caller, while the pool is busy, works alone instead of waiting.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +12,9 @@ constexpr int kMaxThreads = 1024;
 // requested 0: the default (septet_default_threads); returns an error number of septet.h.
 int resolve_threads(int requested, int* threads);
 
-// Parts for each thread, so that a thread that starts late or is held up leaves its share to the others.
-constexpr int kPartsPerThread = 4;
+// Parts for each thread, so that one that starts late or is held up leaves what it has not begun to the others. Of long loops there are up to kMostParts, of
+// some ten microseconds each: what is left when the first thread has nothing to do any more is at most one of them.
+constexpr int kPartsPerThread = 4, kMostParts = 64;
 
 using RangeBody = void (*)(const void* context, int64_t first, int64_t last);
 void run_ranges(int threads, int64_t count, int parts_per_thread, RangeBody body, const void* context);

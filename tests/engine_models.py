@@ -31,6 +31,11 @@ FAMILIES = {
         "Llama",
         {"hidden_size": 60, "intermediate_size": 99, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 18},
     ),
+    # Enough outputs for a thread to finish those of a single token where it has made them, and some that fill no tile.
+    "llama-wide": (
+        "Llama",
+        {"hidden_size": 512, "intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128},
+    ),
     "llama-bias": ("Llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3}),
     "llama-linear": ("Llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 40, "head_dim": 32}),

@@ -122,6 +122,17 @@ def test_no_way_to_cut_a_text_changes_a_bit(llama: Path, text: list[int], activa
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+@pytest.mark.parametrize("head", ["trellis", "keep"])
+def test_where_outputs_are_finished_changes_no_bit(head: str, tmp_path: Path, text: list[int]) -> None:
+    """Of a single token where they were made, of several later."""
+    directory = engine_models.quantized("llama-wide", tmp_path, 1, **HEADS[head])
+    whole = Engine.load(directory, threads=1).logits(text[:24])
+    for threads in (1, 2):
+        engine = Engine.load(directory, threads=threads)
+        parts = [engine._append(np.asarray([token], np.int32), 1) for token in text[:24]]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 @pytest.mark.parametrize("activations", ["int8", "float"])
 def test_threads_change_no_bit(llama: Path, text: list[int], activations: str) -> None:
     results = [Engine.load(llama, activations, threads=threads).logits(text) for threads in (1, 2, 5)]

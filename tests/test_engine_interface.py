@@ -219,3 +219,8 @@ def test_reading_sums_every_byte(rng: np.random.Generator) -> None:
     wanted = (int(data[:100_000].view(np.uint64).sum(dtype=np.uint64)) + int(data[100_000:].sum())) % 2**64
     assert [native.read_sum(data, threads) for threads in (1, 2, 5)] == [wanted] * 3
     assert native.read_sum(data[:0]) == 0
+
+
+def test_more_threads_than_shares_of_a_loop(rng: np.random.Generator) -> None:
+    data = rng.integers(0, 256, 80 << 19, np.uint8)
+    assert native.read_sum(data, 80) == int(data.view(np.uint64).sum(dtype=np.uint64))
