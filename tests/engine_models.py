@@ -31,11 +31,6 @@ FAMILIES = {
         "Llama",
         {"hidden_size": 60, "intermediate_size": 99, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 18},
     ),
-    # Enough outputs for a thread to finish those of a single token where it has made them, and some that fill no tile.
-    "llama-wide": (
-        "Llama",
-        {"hidden_size": 512, "intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128},
-    ),
     "llama-bias": ("Llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3}),
     "llama-linear": ("Llama", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 40, "head_dim": 32}),
@@ -46,11 +41,19 @@ FAMILIES = {
     ),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
 }
+#: Enough outputs for a thread to finish those of a single token where it has made them, and some that fill no tile. For comparisons of bits:
+#: bounds of float logits are those of the small models above.
+WIDE = {
+    "llama-wide": (
+        "Llama",
+        {"hidden_size": 512, "intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128},
+    ),
+}
 
 
 def save(family: str, path: Path, layers: int = 2) -> Path:
     """Save a dense model of the family, the same weights every time; biases and norms are random too."""
-    prefix, options = FAMILIES[family]
+    prefix, options = (FAMILIES | WIDE)[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_SIZES, **options, "num_hidden_layers": layers})
     torch.manual_seed(0)
     made = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()

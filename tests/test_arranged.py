@@ -66,6 +66,18 @@ def test_long_rows_and_every_activation(rng: np.random.Generator, name: str, seg
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("block", [1, 64, 256, 512, 2048])
+def test_outputs_are_finished_wherever_their_blocks_end(rng: np.random.Generator, block: int, name: str) -> None:
+    layer = layers.trellis_layer(rng, 7, 6144, 512, (256, block))
+    x = rng.standard_normal((1, 512)).astype(np.float32)
+    with chosen("native", name):
+        wanted = run(native.prepare(layer), x)
+        arranged = native.prepare(layer, arrange=True)
+        for threads in (1, 2, 3):
+            equal(native.linear_trellis(x, arranged, "int8", threads), wanted)
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_another_set_changes_nothing_later(rng: np.random.Generator, name: str) -> None:
     layer = layers.trellis_layer(rng, 7, 128, 256, (256, 64), activation_segment="block")
     x = rng.standard_normal((5, 256)).astype(np.float32)
