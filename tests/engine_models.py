@@ -41,8 +41,8 @@ FAMILIES = {
     ),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
 }
-#: Enough outputs for a thread to finish those of a single token where it has made them, and some that fill no tile. For comparisons of bits:
-#: bounds of float logits are those of the small models above.
+#: Enough outputs for a thread to finish those of a single token where it has made them, and some that fill no tile.
+#: For comparisons of bits: bounds of float logits are those of the small models above.
 WIDE = {
     "llama-wide": (
         "Llama",
