@@ -71,7 +71,7 @@ struct Intel {
     static constexpr bool shift_ports = false;
 };
 struct Zen5 {
-    static constexpr int streams = 1, ahead = 12288, hashes_ahead = 6;
+    static constexpr int streams = 1, ahead = 12288, hashes_ahead = 4;
     static constexpr bool shift_ports = true;
 };
 

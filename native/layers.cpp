@@ -112,14 +112,12 @@ void multiply_inputs(const KernelTable& active, const Layer& layer, const Prepar
     const FloatRows x{inputs.rotated, layer.inputs, tokens};
     const septet_activations values{inputs.values, inputs.scales, tokens, layer.segment};
     if (is_dense(layer.stored.code)) return dense_product(kernels, layer.stored, x, y, threads);
-    if (layer.stored.code == SEPTET_TRELLIS && !as_float) {
-        if (trellis_product(kernels, layer.matrix(), values, y, threads, tokens == 1 ? &finishing : nullptr)) return;
-    } else if (as_float) {
-        multiply_float(kernels, layer, x, y, threads);
-    } else {
-        multiply_int8(kernels, layer, values, y, threads);
-    }
-    if (layer.stored.code == SEPTET_TRELLIS && tokens == 1) finishing.finish(kernels, 0, layer.outputs, y);
+    const bool trellis = layer.stored.code == SEPTET_TRELLIS;
+    bool finished = false;
+    if (as_float) multiply_float(kernels, layer, x, y, threads);
+    else if (trellis) finished = trellis_product(kernels, layer.matrix(), values, y, threads, tokens == 1 ? &finishing : nullptr);
+    else multiply_int8(kernels, layer, values, y, threads);
+    if (trellis && tokens == 1 && !finished) finishing.finish(kernels, 0, layer.outputs, y);
 }
 
 }  // namespace septet
