@@ -97,7 +97,7 @@ def _quantize(
     metric = input_metric(found, there_scale, input_block)
     signs = [rotation.random_signs(settings.seed, f"{name}/out", count) for name, count in zip(names, outputs)]
     wanted = [sign * magnitude / 2.0**exponent for sign, magnitude in zip(signs, magnitudes)]
-    packed = [_bytes_for(shape, bits, device) for shape in (tuple(weight.shape) for weight in weights)]
+    packed = [_bytes_for(tuple(weight.shape), bits, device) for weight in weights]
     work = Work(settings, names, there, wanted, there_scale, (input_block, output_block), metric, packed, device)
     pieces = [
         piece
