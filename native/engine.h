@@ -36,6 +36,10 @@ struct Linear {
     Linear(Arena& arena, const septet_layer* const* layers, int count);
     Layer layer() const { return Layer(stored); }
     Finishing finishing() const { return {parts.data(), static_cast<int64_t>(parts.size()), stored.scale}; }
+    // Outputs first .. last - 1 of a token among `tokens`, rotated and scaled, in place; those of a single one are so when multiplied.
+    void finish(const KernelTable& kernels, int64_t tokens, int64_t first, int64_t last, float* y) const {
+        if (tokens > 1 && stored.code == SEPTET_TRELLIS) finishing().finish(kernels, first, last, y);
+    }
 };
 
 bool share_inputs(const septet_layer& a, const septet_layer& b);

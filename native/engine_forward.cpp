@@ -41,7 +41,7 @@ public:
         float* y = padded ? padded.get() : logits;
         multiply(head, work_.normed.get(), wanted, y);
         for (int64_t m = 0; m < wanted; m++) {
-            if (wanted > 1 && head.stored.code == SEPTET_TRELLIS) head.finishing().finish(kernels_, 0, width, y + m * width);
+            head.finish(kernels_, wanted, 0, width, y + m * width);
             if (padded) std::copy_n(y + m * width, shape_.vocabulary, logits + m * shape_.vocabulary);
         }
     }
@@ -115,7 +115,7 @@ private:
         }
         const Part& part = linear->parts[static_cast<size_t>(index)];
         y += m * linear->stored.out_features;
-        if (count_ > 1 && linear->stored.code == SEPTET_TRELLIS) linear->finishing().finish(kernels_, part.offset, part.offset + part.outputs, y);
+        linear->finish(kernels_, count_, part.offset, part.offset + part.outputs, y);
         y += part.offset;
         if (!bias.empty()) kernels_.model->add(bias.data(), part.outputs, y);
         return y;

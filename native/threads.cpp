@@ -23,16 +23,16 @@ namespace {
 class Job {
 public:
     Job(RangeBody body, const void* context, int64_t count, int threads, int64_t parts)
-        : body_(body), context_(context), count_(count), parts_(parts), shares_(std::min(threads, kMostShares)) {
-        for (int share = 0; share < shares_; share++) each_[share].next.store(begin_of(share), std::memory_order_relaxed);
+        : body_(body), context_(context), count_(count), parts_(parts), share_count_(std::min(threads, kMostShares)) {
+        for (int share = 0; share < share_count_; share++) shares_[share].next.store(begin_of(share), std::memory_order_relaxed);
     }
 
     // `thread`: who works, from 0 on.
     void work(int thread) {
-        for (int tried = 0; tried < shares_; tried++) {
-            const int share = (thread + tried) % shares_;
+        for (int tried = 0; tried < share_count_; tried++) {
+            const int share = (thread + tried) % share_count_;
             const int64_t end = begin_of(share + 1);
-            for (int64_t part; (part = each_[share].next.fetch_add(1, std::memory_order_relaxed)) < end;)
+            for (int64_t part; (part = shares_[share].next.fetch_add(1, std::memory_order_relaxed)) < end;)
                 body_(context_, count_ * part / parts_, count_ * (part + 1) / parts_);
         }
     }
@@ -41,13 +41,13 @@ private:
     static constexpr int kMostShares = 64;
     struct alignas(64) Share { std::atomic<int64_t> next; };  // in a cache line of its own
 
-    int64_t begin_of(int share) const { return parts_ * share / shares_; }
+    int64_t begin_of(int share) const { return parts_ * share / share_count_; }
 
     RangeBody body_;
     const void* context_;
     int64_t count_, parts_;
-    int shares_;
-    Share each_[kMostShares];
+    int share_count_;
+    Share shares_[kMostShares];
 };
 
 // How many AwakeThreads there are.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["COMPILERS", "GPUS", "needs", "program", "reason", "skip_module_without", "working_compilers", "working_gpus"]
+__all__ = ["COMPILERS", "GPUS", "needs", "needs_set", "program", "reason", "skip_module_without", "working_compilers", "working_gpus"]
 
 #: Name -> in words.
 GPUS = {"cuda": "a GPU", "two-gpus": "two GPUs", "hopper": "a Hopper GPU"}
@@ -62,6 +62,14 @@ def _is_missing(name: str) -> bool:
 def needs(name: str, instead: str) -> pytest.MarkDecorator:
     """A mark for tests that need one of them; arguments as for `reason`."""
     return pytest.mark.skipif(_is_missing(name), reason=reason(name, instead))
+
+
+def needs_set(name: str, instead: str) -> pytest.MarkDecorator:
+    """A mark for tests whose machine code needs an instruction set of the processor; arguments as for `reason`."""
+    from native_cases import SETS
+
+    why = f"needs a processor with {name}: SEPTET_EXPECT_BACKENDS demands {name} where a machine has it; {instead}"
+    return pytest.mark.skipif(name not in SETS, reason=why)
 
 
 def skip_module_without(name: str, instead: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import layers
 from native_cases import SETS, equal, native
-from needs import program
+from needs import needs_set, program
 from septet import _native
 from septet.errors import ShapeError
 from septet.kernels import LayerWeights, fortran_library, reference
@@ -21,6 +21,8 @@ from variants import chosen, variants
 SIZES = [(64, 16, 16), (70, 576, 64), (320, 2064, 16), (65, 130, 2), (64, 60, 4), (64, 24, 8)]
 #: SEPTET_OK, SEPTET_ERROR_NULL and SEPTET_ERROR_CODE of septet.h.
 OK, NULL, CODE = 0, 1, 6
+_NO_FORTRAN = "needs a Fortran compiler: SEPTET_EXPECT_BACKENDS demands fortran where a machine has one; above, the order is tested in C++"
+FORTRAN = variants("fortran") or [pytest.param("", marks=pytest.mark.skip(reason=_NO_FORTRAN))]
 SETS_WITH_AN_ORDER = [name for name in ("avx2", "avxvnni", "avx512vbmi", "amx") if name in SETS]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 130)
 
@@ -116,7 +118,7 @@ def test_other_codes_are_copied(rng: np.random.Generator, code: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["trellis", "split", "int8"])
-@pytest.mark.parametrize("compiler", variants("fortran"))
+@pytest.mark.parametrize("compiler", FORTRAN)
 def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: str) -> None:
     from septet.kernels import fortran
 
@@ -138,10 +140,7 @@ def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: st
     assert library.septet_arrange(ctypes.byref(structure), to) == CODE
 
 
-@pytest.mark.skipif(
-    not SETS_WITH_AN_ORDER,
-    reason="needs AVX2, the first set with an order of its own; SEPTET_EXPECT_BACKENDS demands avx2 where the processor has it",
-)
+@needs_set("avx2", "the first one with an order of its own; without, layers keep the stored one, which all tests above compare with")
 @pytest.mark.parametrize("name", SETS_WITH_AN_ORDER or [""])
 def test_the_order_is_the_documented_one(rng: np.random.Generator, name: str) -> None:
     """Per group of four tiles, uint16 [tile][half of strands][strand][word] -> [word][strand][half][tile]; no byte more or less."""
@@ -169,10 +168,7 @@ def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> No
     assert _native.instruction_set() == SETS[-1]
 
 
-@pytest.mark.skipif(
-    "avx512vbmi" not in SETS,
-    reason="needs AVX-512 VBMI: SEPTET_EXPECT_BACKENDS demands avx512vbmi where a machine has it; above, all sets of this machine run",
-)
+@needs_set("avx512vbmi", "the loops are its instructions; above, all sets of this machine are compared")
 def test_loops_for_other_cores_give_the_same_bits(tmp_path: Path) -> None:
     source, cmake = Path(__file__).parent.parent / "native", program("cmake")
     assert cmake is not None, "cmake must be on the path or beside the interpreter: make test installs it"

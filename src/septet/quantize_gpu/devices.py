@@ -1,6 +1,6 @@
 """Several GPUs of one host at work: a thread for each, since torch lets go of the interpreter while a GPU is told what to do.
 
-And the way back to the host's memory.
+And work beside what a GPU does, and the way back to the host's memory.
 """
 
 from __future__ import annotations

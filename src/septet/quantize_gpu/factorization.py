@@ -39,7 +39,7 @@ class Decomposition:
     Args:
         matrix: float64 [K, K]: C on and below the diagonal, in the squares 0 above it; H above the squares.
         squares: float64, the squares of H on the diagonal, one after the other.
-        inverses: float64, those of the squares of C.
+        inverses: float64, the inverses of the squares of C, one after the other.
         mean: the unit.
     """
 
@@ -97,6 +97,11 @@ def decompose(hessian: torch.Tensor, dampings: tuple[float, ...]) -> Decompositi
 def attempt_factor(matrix: torch.Tensor, damping: float, tile: int) -> torch.Tensor:
     """`decompose` with a single damping, then `Decomposition.factor`, in place and without waiting for either.
 
+    Args:
+        matrix: float64 [K, K], symmetric.
+        damping: in units of its mean diagonal.
+        tile: rows and columns of a tile of the factor.
+
     Returns:
         int64 [2]: whether the matrix was positive definite, and the shift. The matrix is of no use if it was not.
     """
@@ -107,6 +112,7 @@ def attempt_factor(matrix: torch.Tensor, damping: float, tile: int) -> torch.Ten
 
 
 def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+    """float64 [], where the matrix is."""
     return matrix.trace() / len(matrix)
 
 
