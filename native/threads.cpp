@@ -61,7 +61,8 @@ inline void pause() {
 #endif
 }
 
-// Looks for `done` a while, without a system call: giving the processor away would cost a whole time slice. False when it gave up.
+// Looks for `done` a while without falling asleep, which would cost the time to wake up. Whoever else wants the processor gets it in between: the thread that
+// is waited for may have lost its own to another process. False when it gave up.
 template <class Done>
 bool look_out(const Done& done) {
     constexpr auto limit = std::chrono::microseconds(100);
@@ -72,6 +73,7 @@ bool look_out(const Done& done) {
             if (done()) return true;
             pause();
         }
+        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() - begin < limit);
     return done();
 }
