@@ -132,6 +132,6 @@ def test_as_many_tiles_together_as_take_least() -> None:
 
     chosen = {count: clusters._tiles_together(count, 66, 4) for count in (1, 66, 67, 132, 264, 448)}
     assert chosen == {1: 1, 66: 1, 67: 2, 132: 2, 264: 4, 448: 4}
-    assert [clusters._tiles_together(count, 66, 2) for count in (132, 448)] == [2, 1]
+    assert [clusters._tiles_together(count, 66, 2) for count in (132, 448)] == [2, 2]
     # From both ends half as many work at the same time, each for half as long.
     assert [clusters._tiles_together(count, 33, 8) for count in (32, 64, 224, 448)] == [1, 2, 7, 7]

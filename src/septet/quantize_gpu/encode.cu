@@ -7,22 +7,24 @@
 // the second is there as soon as two clusters have room. A cost that nobody has sent yet is EMPTY, and so it is left again.
 //
 // PARTS blocks of THREADS threads search TILES tiles together. A thread keeps its share of the 65536 windows in registers for all steps
-// and tiles: levels, and 32 times the part of the metric that knows no weights. So a window takes two instructions a step: a dot product
+// and tiles: levels, and PLACES times the part of the metric that knows no weights. So a window takes two instructions a step: a dot product
 // of two weights and two levels on top of that part, and the sum with the cost of the state before, of which the least is kept. Costs are
-// kept as 32 * cost + place, and the place, of the window among 32, comes out of the least sum: ties go to the lowest low bits.
+// kept as PLACES * cost + place, and the place, of the window among those of a state, comes out of the least sum: ties go to the lowest low
+// bits.
 //
-// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. SHARE neighbouring threads have one
-// state, and a thread four neighbouring lows of every 4 * SHARE. Costs go to all blocks, what a state's best low bits are to one block for
-// each tile, which traces back. A row of costs, of one g, is a little longer than its lows, so that threads of other g read other banks.
+// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. SHARE neighbouring threads have SIDE
+// states of neighbouring c and the same g, so each cost that a thread reads serves SIDE windows. Of the lows a thread has four neighbours of
+// every 4 * SHARE. Costs go to all blocks, what a state's best low bits are to one block for each tile, which traces back. A row of costs,
+// of one g, is a little longer than its lows, so that threads of other g read other banks.
 //
 // Blocks do not meet after a step. A barrier in each block counts the bytes of costs that come in, one for each tile and buffer, so the
-// costs of one tile travel while the next is computed. When all have come, every thread has read what they replace a step later. A
-// barrier takes its time for everything it counts, so four costs go together.
+// costs of one tile travel while the next is computed; and what a thread has found of one tile it shuffles and sends while it looks at the
+// next, since shuffles are waited for. When all have come, every thread has read what they replace a step later. A barrier takes its time
+// for everything it counts, so four costs go together.
 //
-// Macros: BITS, PARTS, THREADS, TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
-
-typedef unsigned int u32;
-typedef unsigned char u8;
+// How blocks and clusters tell each other is in exchange.cu, in front of this.
+//
+// Macros: BITS, PARTS (2), THREADS (512), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
 constexpr int PAIRS = 128;
 constexpr int STEPS = PAIRS / ENDS;
@@ -31,7 +33,14 @@ constexpr int STATES = 1 << (16 - BITS);
 constexpr int BRANCHES = 1 << BITS;
 constexpr int GROUPS = 1 << (16 - 2 * BITS);
 constexpr int EACH = 65536 / (PARTS * THREADS);
-constexpr int SHARE = BRANCHES / EACH;
+constexpr int SIDE = 4;
+constexpr int LOWS = EACH / SIDE;
+constexpr int SHARE = BRANCHES / LOWS;
+constexpr int SETS = 32 / SHARE;
+constexpr int PLACE_BITS = 4;
+constexpr int PLACES = 1 << PLACE_BITS;
+// What a step finds for a state is kept as 2^COST_BITS * cost + low.
+constexpr int COST_BITS = PLACE_BITS + (SHARE == 4 ? 2 : SHARE == 8 ? 3 : 4);
 constexpr int ROW = BRANCHES + 4 * SHARE;
 constexpr int BUFFER = GROUPS * ROW;
 // Of shared memory, in bytes.
@@ -41,47 +50,8 @@ constexpr int BARRIERS = WEIGHTS + TILES * PAIRS * 4;
 constexpr int BOUNDARIES = BARRIERS + TILES * 2 * 8;
 constexpr int SURVIVORS = BOUNDARIES + TILES * 4;
 
-static_assert(EACH % 32 == 0 && SHARE >= 1 && SHARE <= 8 && PARTS < 4 && AROUND % 4 == 0, "no such cut");
-
-__device__ __forceinline__ u32 address_in(u32 local, u32 block)
-{
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(local), "r"(block));
-    return there;
-}
-
-__device__ __forceinline__ void put(u32 there, int value)
-{
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
-}
-
-// Four costs for another block, counted by a barrier there.
-__device__ __forceinline__ void send(u32 there, const int (&costs)[4], u32 barrier)
-{
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
-                 "r"(costs[0]), "r"(costs[1]), "r"(costs[2]), "r"(costs[3]), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity)
-{
-    u32 done = 0;
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-}
-
-__device__ __forceinline__ void meet()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+static_assert(LOWS == PLACES && 1 << COST_BITS == PLACES * SHARE && PARTS == 2 && AROUND % 4 == 0, "no such cut");
+static_assert(GROUPS == 1 || (GROUPS % SETS == 0 && SETS % 4 == 0), "four neighbouring states are in one warp");
 
 // sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
 __device__ __forceinline__ int dot_low(u32 x, u32 levels, int sum)
@@ -104,10 +74,16 @@ __device__ __forceinline__ int square(u32 levels, int byte)
     return level * level;
 }
 
-// Of low bits among the 32 that one accumulator of a thread looks at.
+// Of low bits among those that a thread looks at.
 __device__ __forceinline__ int place(int low)
 {
-    return ((low / (4 * SHARE)) * 4 + (low & 3)) & 31;
+    return low / (4 * SHARE) * 4 + (low & 3);
+}
+
+// Of what is kept of a state: PLACES * cost + place.
+__device__ __forceinline__ int cost_of(int kept)
+{
+    return kept >> PLACE_BITS;
 }
 
 // Where the block that traces a tile back has its survivors.
@@ -127,24 +103,6 @@ __device__ __forceinline__ int reversed_window(int window)
     return __brev(window) >> 16;
 }
 
-// A cost for the other cluster, and one from there: costs are words that are EMPTY or not, so nothing else has to be said.
-constexpr int EMPTY = 0x80000000;
-
-__device__ __forceinline__ void hand_over(int* there, int cost)
-{
-    asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(there), "r"(cost) : "memory");
-}
-
-__device__ __forceinline__ int receive(int* here)
-{
-    int cost;
-    do
-        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(cost) : "l"(here) : "memory");
-    while (cost == EMPTY);
-    hand_over(here, EMPTY);
-    return cost;
-}
-
 // Where the cost of a state is.
 __device__ __forceinline__ int at(int state)
 {
@@ -155,71 +113,116 @@ struct Thread
 {
     u32 levels[EACH / 2];
     int part[EACH];
-    int state, group, share, direction;
+    // `first` of four neighbouring states, of which it is to send or to put down what its warp finds.
+    int group, share, direction, first;
     u32 here, everywhere[PARTS];
 };
+
+// Without a branch: one that shuffles on both sides would be taken by neighbouring threads in turns.
+__device__ __forceinline__ int choose(bool first, int a, int b)
+{
+    int result;
+    asm("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\nselp.s32 %0, %1, %2, p;\n}" : "=r"(result) : "r"(a), "r"(b), "r"((int)first));
+    return result;
+}
+
+// The least of all SHARE threads for each of their SIDE states: for side i in the threads whose share is in part i of SIDE.
+__device__ __forceinline__ int least_of_sides(const int (&sides)[SIDE], int share)
+{
+    static_assert(SIDE == 4, "two halvings");
+    const bool upper = share & SHARE / 2, odd = share & SHARE / 4;
+    int kept[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        kept[i] = min(choose(upper, sides[i + 2], sides[i]), __shfl_xor_sync(0xffffffffu, choose(upper, sides[i], sides[i + 2]), SHARE / 2));
+    int least = min(choose(odd, kept[1], kept[0]), __shfl_xor_sync(0xffffffffu, choose(odd, kept[0], kept[1]), SHARE / 4));
+#pragma unroll
+    for (int distance = SHARE / 8; distance > 0; distance /= 2)
+        least = min(least, __shfl_xor_sync(0xffffffffu, least, distance));
+    return least;
+}
+
+// What a step finds of a tile: for each state of a thread the least cost and the low bits it comes from, of those that the thread looks at.
+__device__ __forceinline__ void look(const Thread& mine, const int* costs, u32 x, int (&best)[SIDE])
+{
+    const int4* from = (const int4*)(costs + mine.group * ROW) + mine.share;
+#pragma unroll
+    for (int side = 0; side < SIDE; side++)
+        best[side] = 0x7fffffff;
+#pragma unroll
+    for (int four = 0; four < LOWS / 4; four++)
+    {
+        const int4 cost = from[four * SHARE];
+#pragma unroll
+        for (int side = 0; side < SIDE; side++)
+        {
+            const u32* levels = mine.levels + (side * LOWS + 4 * four) / 2;
+            const int* part = mine.part + side * LOWS + 4 * four;
+            best[side] = min(best[side], dot_low(x, levels[0], part[0]) + cost.x);
+            best[side] = min(best[side], dot_high(x, levels[0], part[1]) + cost.y);
+            best[side] = min(best[side], dot_low(x, levels[1], part[2]) + cost.z);
+            best[side] = min(best[side], dot_high(x, levels[1], part[3]) + cost.w);
+        }
+    }
+}
 
 // Steps from pair `begin` on. Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
 template <bool survivors>
 __device__ __forceinline__ void search(const Thread& mine, u8* memory, int begin, int steps)
 {
-    // Four neighbouring states and their threads: all of these know all results, and each does something else with them.
-    const int four_threads = 4 * SHARE, first = mine.state & ~3, role = threadIdx.x % four_threads;
-    const int first_place = place(first & (BRANCHES - 1));
+    // SHARE threads know the results of four neighbouring states, and each does something else with them: those of one c and four sets, or,
+    // where there is one g, of one set.
+    const int lane = threadIdx.x % 32, set = lane / SHARE, role = mine.share, first_place = place(mine.first & (BRANCHES - 1));
+    const int lane_of_first = GROUPS == 1 ? set * SHARE : set / 4 * 4 * SHARE + set % 4 * (SHARE / SIDE);
+    constexpr int lanes_between = GROUPS == 1 ? SHARE / SIDE : SHARE;
+    int best[SIDE] = {};
+    const auto pass_on = [&](int tile, int step, bool real) {
+        const int old = step & 1, incoming = BARRIERS + (tile * 2 + (old ^ 1)) * 8;
+        const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER;
+        int sides[SIDE];
+        // The lower two bits of the place are those of low, the share comes between them and the others.
+#pragma unroll
+        for (int side = 0; side < SIDE; side++)
+            sides[side] = best[side] * SHARE + mine.share * 4 - (best[side] & 3) * (SHARE - 1);
+        const int least = least_of_sides(sides, mine.share);
+        // What is subtracted from all costs changes no decision.
+        const int zero = cost_of(costs[0]);
+        int values[4];
+        u32 lows = 0;
+#pragma unroll
+        for (int next = 0; next < 4; next++)
+        {
+            const int found = __shfl_sync(0xffffffffu, least, lane_of_first + next * lanes_between);
+            values[next] = ((found >> COST_BITS) - zero) * PLACES + first_place + next;
+            lows |= (u32)(found & (BRANCHES - 1)) << 8 * next;
+        }
+        const int to = COSTS + ((tile * 2 + (old ^ 1)) * BUFFER + at(mine.first)) * 4;
+        const u32 block = choose(role == 0, mine.everywhere[0], mine.everywhere[PARTS - 1]);
+        send(role < PARTS && real, block + to, values, block + incoming);
+        if (survivors)
+            put(role == PARTS && real, mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + mine.first, lows);
+    };
+    // Of several tiles each is passed on with the next one's turn; before the first step there is none.
     for (int step = 0; step < steps; step++)
     {
         const int pair = (begin + mine.direction * step) & (PAIRS - 1), old = step & 1;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
         {
-            const int incoming = BARRIERS + (tile * 2 + (old ^ 1)) * 8;
             if (threadIdx.x == 0)
-                expect(mine.here + incoming, STATES * 4);
+                expect(mine.here + BARRIERS + (tile * 2 + (old ^ 1)) * 8, STATES * 4);
             if (step > 0)
                 wait(mine.here + BARRIERS + (tile * 2 + old) * 8, (step - 1) / 2 & 1);
+            if (TILES > 1)
+                pass_on((tile + TILES - 1) % TILES, tile > 0 ? step : step - 1, tile > 0 || step > 0);
             const u32 x = *(const u32*)(memory + WEIGHTS + (tile * PAIRS + pair) * 4);
-            const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER;
-            const int4* from = (const int4*)(costs + mine.group * ROW) + mine.share;
-            int least = 0x7fffffff;
-#pragma unroll
-            for (int half = 0; half < EACH / 32; half++)
-            {
-                int best = 0x7fffffff;
-#pragma unroll
-                for (int four = half * 8; four < half * 8 + 8; four++)
-                {
-                    const int4 cost = from[four * SHARE];
-                    best = min(best, dot_low(x, mine.levels[2 * four], mine.part[4 * four]) + cost.x);
-                    best = min(best, dot_high(x, mine.levels[2 * four], mine.part[4 * four + 1]) + cost.y);
-                    best = min(best, dot_low(x, mine.levels[2 * four + 1], mine.part[4 * four + 2]) + cost.z);
-                    best = min(best, dot_high(x, mine.levels[2 * four + 1], mine.part[4 * four + 3]) + cost.w);
-                }
-                const int low = (half * 8 + ((best & 31) >> 2)) * 4 * SHARE + mine.share * 4 + (best & 3);
-                least = min(least, ((best >> 5) << 8) | low);
-            }
-#pragma unroll
-            for (int distance = 1; distance < SHARE; distance *= 2)
-                least = min(least, __shfl_xor_sync(0xffffffffu, least, distance));
-            // What is subtracted from all costs changes no decision.
-            const int zero = costs[0] >> 5;
-            int values[4];
-            u32 lows = 0;
-#pragma unroll
-            for (int next = 0; next < 4; next++)
-            {
-                const int found = __shfl_sync(0xffffffffu, least, (threadIdx.x & (32 - four_threads)) | next * SHARE);
-                values[next] = (((found >> 8) - zero) << 5) | (first_place + next);
-                lows |= (u32)(found & 255) << 8 * next;
-            }
-            const int to = COSTS + ((tile * 2 + (old ^ 1)) * BUFFER + at(first)) * 4;
-#pragma unroll
-            for (int block = 0; block < PARTS; block++)
-                if (role == block)
-                    send(mine.everywhere[block] + to, values, mine.everywhere[block] + incoming);
-            if (survivors && role == PARTS)
-                put(mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + first, lows);
+            look(mine, (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER, x, best);
+            if (TILES == 1)
+                pass_on(tile, step, true);
         }
     }
+    if (TILES > 1)
+        pass_on(TILES - 1, steps - 1, true);
     for (int tile = 0; tile < TILES; tile++)
         wait(mine.here + BARRIERS + tile * 2 * 8, (steps - 1) / 2 & 1);
     meet();
@@ -241,7 +244,7 @@ __device__ __forceinline__ int cheapest(const Cost& cost)
 __device__ __forceinline__ int boundary_state(const u8* memory, int tile)
 {
     const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
-    int state = cheapest([&](int s) { return costs[at(s)] >> 5; });
+    int state = cheapest([&](int s) { return cost_of(costs[at(s)]); });
     for (int step = 2 * AROUND - 1; step >= AROUND; step--)
         state = ((state << BITS) | memory[survivors_of(tile) + step * STATES + state]) & (STATES - 1);
     return state;
@@ -252,7 +255,7 @@ __device__ __forceinline__ int boundary_state(const u8* memory, int tile)
 __device__ __forceinline__ int meeting_state(const u8* memory, int tile, int* meeting, int end)
 {
     const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
-    const auto own = [&](int s) { return costs[at(end ? reversed_state(s) : s)] >> 5; };
+    const auto own = [&](int s) { return cost_of(costs[at(end ? reversed_state(s) : s)]); };
     for (int state = threadIdx.x % 32; state < STATES; state += 32)
         hand_over(meeting + end * STATES + state, own(state));
     const int state = cheapest([&](int s) { return own(s) + receive(meeting + (1 - end) * STATES + s); });
@@ -270,22 +273,25 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     const int cluster = blockIdx.x / PARTS, end = cluster % ENDS, first = cluster / ENDS * TILES;
 
     Thread mine;
-    const int number = threadIdx.x / SHARE;
+    // Sets of threads, each with SIDE states of its own, through all blocks.
+    const int number = (rank * THREADS + threadIdx.x) / SHARE, in_warp = number % SETS, first_number = number - in_warp;
     mine.share = threadIdx.x % SHARE;
-    mine.state = rank * (STATES / PARTS) + number;
-    mine.group = mine.state % GROUPS;
+    mine.group = number % GROUPS;
+    const int lowest = number / GROUPS * SIDE * GROUPS + mine.group;
+    mine.first = GROUPS == 1 ? lowest : (first_number / GROUPS * SIDE + in_warp % 4) * GROUPS + first_number % GROUPS + in_warp / 4 * 4;
     mine.direction = end ? -1 : 1;
 #pragma unroll
     for (int four = 0; four < EACH / 4; four++)
     {
-        const int window = end * 65536 + mine.state * BRANCHES + four * 4 * SHARE + mine.share * 4;
+        const int side = four / (LOWS / 4), low = four % (LOWS / 4) * 4 * SHARE + mine.share * 4;
+        const int window = end * 65536 + (lowest + side * GROUPS) * BRANCHES + low;
         const uint2 pairs = *(const uint2*)(levels + 2 * window);
         mine.levels[2 * four] = pairs.x;
         mine.levels[2 * four + 1] = pairs.y;
-        mine.part[4 * four] = 64 * (square(pairs.x, 0) + square(pairs.x, 1));
-        mine.part[4 * four + 1] = 64 * (square(pairs.x, 2) + square(pairs.x, 3));
-        mine.part[4 * four + 2] = 64 * (square(pairs.y, 0) + square(pairs.y, 1));
-        mine.part[4 * four + 3] = 64 * (square(pairs.y, 2) + square(pairs.y, 3));
+        mine.part[4 * four] = 2 * PLACES * (square(pairs.x, 0) + square(pairs.x, 1));
+        mine.part[4 * four + 1] = 2 * PLACES * (square(pairs.x, 2) + square(pairs.x, 3));
+        mine.part[4 * four + 2] = 2 * PLACES * (square(pairs.y, 0) + square(pairs.y, 1));
+        mine.part[4 * four + 3] = 2 * PLACES * (square(pairs.y, 2) + square(pairs.y, 3));
     }
     mine.here = (u32)__cvta_generic_to_shared(memory);
 #pragma unroll
@@ -307,7 +313,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     {
         const int tile = first + index / PAIRS;
         const short* pair = fixed + 2 * ((long long)tile * PAIRS + index % PAIRS);
-        const u32 x0 = tile < tiles ? (u32)(-32 * pair[0]) : 0, x1 = tile < tiles ? (u32)(-32 * pair[1]) : 0;
+        const u32 x0 = tile < tiles ? (u32)(-PLACES * pair[0]) : 0, x1 = tile < tiles ? (u32)(-PLACES * pair[1]) : 0;
         *(u32*)(memory + WEIGHTS + index * 4) = (x0 & 0xffff) | (x1 << 16);
     }
     for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
@@ -321,14 +327,14 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         if (real)
             state = ENDS == 1 ? boundary_state(memory, traced) : meeting_state(memory, traced, meeting, end);
         if (threadIdx.x % 32 < PARTS)
-            put(address_in(mine.here, threadIdx.x % 32) + BOUNDARIES + traced * 4, state);
+            put(true, address_in(mine.here, threadIdx.x % 32) + BOUNDARIES + traced * 4, state);
     }
     meet();
     for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
     {
         const int state = index % STATES, boundary = ((const int*)(memory + BOUNDARIES))[index / STATES];
         const int cost = state == boundary ? 0 : FORBIDDEN;
-        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(state)] = cost * 32 + place(state & (BRANCHES - 1));
+        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(state)] = cost * PLACES + place(state & (BRANCHES - 1));
     }
     __syncthreads();
     meet();
