@@ -22,7 +22,7 @@
 // next, since shuffles are waited for. When all have come, every thread has read what they replace a step later. A barrier takes its time
 // for everything it counts, so four costs go together.
 //
-// How blocks and clusters tell each other is in exchange.cu, in front of this.
+// What blocks and clusters say to each other is in exchange.cu, which comes before this.
 //
 // Macros: BITS, PARTS (2), THREADS (512), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
