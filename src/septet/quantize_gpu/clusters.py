@@ -26,6 +26,8 @@ __all__ = ["encode", "encode_from_both_ends", "fits", "source_of"]
 #: Blocks of a cluster, and threads of a block: 64 windows for each thread, in 96 of its registers.
 PARTS = 2
 THREADS = 512
+#: States that a thread has windows of.
+SIDE = 4
 #: How many tiles a cluster may search together, by bits per pair; from one end, and from both.
 MOST_TILES = {1: {6: 2, 7: 4, 8: 4}, 2: {6: 4, 7: 8, 8: 8}}
 #: What a search takes beside its tiles, in times that it takes for each of them (measured; docs/log.md).
@@ -100,7 +102,7 @@ def _meetings(device: str, bits: int, count: int) -> torch.Tensor:
 
 def source_of(bits: int, tiles: int, ends: int) -> str:
     """The source of a variant."""
-    macros = {"BITS": bits, "PARTS": PARTS, "THREADS": THREADS, "TILES": tiles, "ENDS": ends}
+    macros = {"BITS": bits, "PARTS": PARTS, "THREADS": THREADS, "SIDE": SIDE, "TILES": tiles, "ENDS": ends}
     macros |= {"AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
     lines = [f"#define {name} {value}" for name, value in macros.items()]
     files = [(Path(__file__).parent / name).read_text() for name in ("exchange.cu", "encode.cu")]
@@ -116,7 +118,7 @@ def _kernel(device: int, bits: int, tiles: int, ends: int) -> Kernel:
 def _shared_bytes(bits: int, tiles: int, ends: int) -> int:
     """Costs of two steps, weights, two barriers and a boundary for each tile, and the survivors of those that a block traces back."""
     states, branches = 1 << WINDOW_BITS - bits, 1 << bits
-    # A row of costs for each of the states that share their first bits, as in encode.cu: SIDE is 4.
-    row = branches + 4 * (4 * branches * PARTS * THREADS >> WINDOW_BITS)
+    # A row of costs for each of the states that share their first bits, as in encode.cu.
+    row = branches + 4 * (SIDE * branches * PARTS * THREADS >> WINDOW_BITS)
     each = 4 * (2 * (states // branches) * row + PAIRS_PER_TILE) + 2 * 8 + 4
     return tiles * each + -(-tiles // PARTS) * PAIRS_PER_TILE // ends * states

@@ -24,7 +24,7 @@
 //
 // What blocks and clusters say to each other is in exchange.cu, which comes before this.
 //
-// Macros: BITS, PARTS (2), THREADS (512), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
+// Macros: BITS, PARTS (2), THREADS (512), SIDE (4), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
 constexpr int PAIRS = 128;
 constexpr int STEPS = PAIRS / ENDS;
@@ -33,7 +33,6 @@ constexpr int STATES = 1 << (16 - BITS);
 constexpr int BRANCHES = 1 << BITS;
 constexpr int GROUPS = 1 << (16 - 2 * BITS);
 constexpr int EACH = 65536 / (PARTS * THREADS);
-constexpr int SIDE = 4;
 constexpr int LOWS = EACH / SIDE;
 constexpr int SHARE = BRANCHES / LOWS;
 constexpr int SETS = 32 / SHARE;
