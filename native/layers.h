@@ -44,8 +44,8 @@ void quantize_rows(const KernelTable& kernels, const float* x, int64_t features,
 
 // x: [tokens][in_features].
 void prepare_inputs(const KernelTable& kernels, const Layer& layer, const float* x, int64_t tokens, bool as_float, const PreparedInputs& inputs, int threads);
-// y: [tokens][layer.outputs]. Outputs of a trellis layer are finished if there is one token; those of several are whoever's who reads them next, while they are
-// in a cache. Arranged weights are read by the kernels that they were arranged for.
+// y: [tokens][layer.outputs]. Outputs of a trellis layer are finished if there is one token; those of several are finished by whoever reads them next, while
+// they are in a cache. Arranged weights are read by the kernels that they were arranged for.
 void multiply_inputs(const KernelTable& active, const Layer& layer, const PreparedInputs& inputs, int64_t tokens, bool as_float, const Finishing& finishing,
                      float* y, int threads);
 

@@ -25,7 +25,7 @@ struct Matrix {
 // Outputs of one of the layers that are stored as one matrix: they begin at `offset`; a trellis layer rotates them in blocks.
 struct Part { int64_t offset, outputs, block; };
 
-// What makes outputs of a trellis layer's sums: the rotations of its parts, and a scale for each output.
+// What makes outputs of a trellis layer's sums: the rotations of its `count` parts, and float32 [outputs], a scale for each output.
 struct Finishing {
     const Part* parts;
     int64_t count;
@@ -33,7 +33,7 @@ struct Finishing {
 
     // Whether neighbouring outputs can be finished without the others, in ranges that begin at multiples of `step`.
     bool goes_in_steps(int64_t step) const;
-    // Outputs first .. last - 1, in place.
+    // Outputs first .. last - 1 of one token, y: float32 [outputs], in place.
     void finish(const KernelTable& kernels, int64_t first, int64_t last, float* y) const;
 };
 

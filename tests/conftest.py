@@ -29,12 +29,12 @@ def covered_backends() -> list[str]:
 
 
 #: What tests need besides septet's backends, in the words of tools/expected_backends.py: name -> module.
-FRAMEWORKS = {"torch": "torch", "transformers": "transformers", "llama-cpp": "llama_cpp"}
+FRAMEWORKS = {"torch": "torch", "transformers": "transformers", "gguf": "gguf", "llama-cpp": "llama_cpp"}
 
 
 def working_frameworks() -> list[str]:
-    """FRAMEWORKS, compilers of GPU kernels and GPUs, as far as they work here: tests that need them are skipped without."""
-    found = []
+    """FRAMEWORKS, toolchains, compilers of GPU kernels and GPUs, as far as they work here: tests that need them are skipped without."""
+    found = list(needs.working_toolchains())
     for name, module in FRAMEWORKS.items():
         try:
             importlib.import_module(module)
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     covered = covered_backends()
     terminalreporter.write_line(f"{EXPECT_VARIABLE} demands: {', '.join(sorted(os.environ.get(EXPECT_VARIABLE, 'nothing').split(',')))}")
     terminalreporter.write_line(f"septet backends covered: {', '.join(covered)}")
-    absent = [name for name in (*FRAMEWORKS, *needs.COMPILERS, *needs.GPUS) if name not in covered]
+    absent = [name for name in (*FRAMEWORKS, *needs.TOOLCHAINS, *needs.COMPILERS, *needs.GPUS) if name not in covered]
     terminalreporter.write_line(f"not here, so their tests are skipped: {', '.join(absent) or 'nothing'}")
 
 
@@ -94,8 +94,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     hidden 64, intermediate 192, 4 heads, 2 key-value heads, vocabulary 260, tied embeddings. Treat it as read-only.
     """
-    torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-    transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+    torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+    transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     path = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

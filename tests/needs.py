@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from functools import cache
@@ -15,12 +16,33 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["COMPILERS", "GPUS", "needs", "needs_set", "program", "reason", "skip_module_without", "working_compilers", "working_gpus"]
+from variants import variants
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+from expected_backends import PROGRAMS
+
+__all__ = [
+    "COMPILERS",
+    "GPUS",
+    "TOOLCHAINS",
+    "needs",
+    "program",
+    "reason",
+    "skip_module_without",
+    "working_compilers",
+    "working_gpus",
+    "working_toolchains",
+]
 
 #: Name -> in words.
 GPUS = {"cuda": "a GPU", "two-gpus": "two GPUs", "hopper": "a Hopper GPU"}
 #: Of GPU kernels; make test installs them if it can, and says so if not.
 COMPILERS = {"triton": "Triton", "nvrtc": "NVRTC (nvidia-cuda-nvrtc)"}
+#: Of programs that some tests run; make test installs their packages where it may.
+TOOLCHAINS = {"emulated-neon": "g++-aarch64-linux-gnu and qemu-user-static", "mlir": "flang-22, mlir-22-tools and clang-22"}
+#: Of septet's own backends and of what they are compared with; other names are instruction sets.
+_OTHERS = {"fortran": "a Fortran compiler", "llama-cpp": "the extra septet[bench]"}
 
 
 @cache
@@ -45,31 +67,38 @@ def working_compilers() -> tuple[str, ...]:
     return (*working, *(() if driver.obstacle() else ("nvrtc",)))
 
 
+@cache
+def working_toolchains() -> tuple[str, ...]:
+    """Those of TOOLCHAINS whose programs run here: one that is installed and does not is not among them."""
+
+    def runs(names: tuple[str, ...]) -> bool:
+        found = program(*names)
+        return found is not None and subprocess.run([found, "--version"], capture_output=True).returncode == 0
+
+    return tuple(name for name in TOOLCHAINS if all(map(runs, PROGRAMS[name])))
+
+
 def reason(name: str, instead: str) -> str:
     """Why a test is skipped without one of them.
 
     Args:
-        name: of GPUS or COMPILERS.
+        name: one that SEPTET_EXPECT_BACKENDS can demand.
         instead: what is tested without it.
     """
-    return f"needs {(GPUS | COMPILERS)[name]}: SEPTET_EXPECT_BACKENDS demands {name} where a machine has it; {instead}"
+    what = (GPUS | COMPILERS | TOOLCHAINS | _OTHERS).get(name, f"a processor with {name}")
+    return f"needs {what}: SEPTET_EXPECT_BACKENDS demands {name} where a machine has it; {instead}"
 
 
 def _is_missing(name: str) -> bool:
-    return name not in (working_gpus() if name in GPUS else working_compilers())
+    for names, working in ((GPUS, working_gpus), (COMPILERS, working_compilers), (TOOLCHAINS, working_toolchains)):
+        if name in names:
+            return name not in working()
+    return not variants("fortran") if name == "fortran" else name not in variants("native")
 
 
 def needs(name: str, instead: str) -> pytest.MarkDecorator:
     """A mark for tests that need one of them; arguments as for `reason`."""
     return pytest.mark.skipif(_is_missing(name), reason=reason(name, instead))
-
-
-def needs_set(name: str, instead: str) -> pytest.MarkDecorator:
-    """A mark for tests whose machine code needs an instruction set of the processor; arguments as for `reason`."""
-    from native_cases import SETS
-
-    why = f"needs a processor with {name}: SEPTET_EXPECT_BACKENDS demands {name} where a machine has it; {instead}"
-    return pytest.mark.skipif(name not in SETS, reason=why)
 
 
 def skip_module_without(name: str, instead: str) -> None:

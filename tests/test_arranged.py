@@ -11,7 +11,7 @@ import pytest
 
 import layers
 from native_cases import SETS, equal, native
-from needs import needs_set, program
+from needs import needs, program
 from septet import _native
 from septet.errors import ShapeError
 from septet.kernels import LayerWeights, fortran_library, reference
@@ -21,8 +21,6 @@ from variants import chosen, variants
 SIZES = [(64, 16, 16), (70, 576, 64), (320, 2064, 16), (65, 130, 2), (64, 60, 4), (64, 24, 8)]
 #: SEPTET_OK, SEPTET_ERROR_NULL and SEPTET_ERROR_CODE of septet.h.
 OK, NULL, CODE = 0, 1, 6
-_NO_FORTRAN = "needs a Fortran compiler: SEPTET_EXPECT_BACKENDS demands fortran where a machine has one; above, the order is tested in C++"
-FORTRAN = variants("fortran") or [pytest.param("", marks=pytest.mark.skip(reason=_NO_FORTRAN))]
 SETS_WITH_AN_ORDER = [name for name in ("avx2", "avxvnni", "avx512vbmi", "amx") if name in SETS]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 130)
 
@@ -118,7 +116,8 @@ def test_other_codes_are_copied(rng: np.random.Generator, code: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["trellis", "split", "int8"])
-@pytest.mark.parametrize("compiler", FORTRAN)
+@needs("fortran", "above, the order is tested in C++")
+@pytest.mark.parametrize("compiler", variants("fortran") or [""])
 def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: str) -> None:
     from septet.kernels import fortran
 
@@ -140,7 +139,7 @@ def test_fortran_has_one_order(rng: np.random.Generator, compiler: str, code: st
     assert library.septet_arrange(ctypes.byref(structure), to) == CODE
 
 
-@needs_set("avx2", "the first one with an order of its own; without, layers keep the stored one, which all tests above compare with")
+@needs("avx2", "the first one with an order of its own; without, layers keep the stored one, which all tests above compare with")
 @pytest.mark.parametrize("name", SETS_WITH_AN_ORDER or [""])
 def test_the_order_is_the_documented_one(rng: np.random.Generator, name: str) -> None:
     """Per group of four tiles, uint16 [tile][half of strands][strand][word] -> [word][strand][half][tile]; no byte more or less."""
@@ -153,7 +152,7 @@ def test_the_order_is_the_documented_one(rng: np.random.Generator, name: str) ->
 
 
 def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> None:
-    pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+    pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     import engine_models
     from septet.engine import Engine
 
@@ -168,7 +167,7 @@ def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> No
     assert _native.instruction_set() == SETS[-1]
 
 
-@needs_set("avx512vbmi", "the loops are its instructions; above, all sets of this machine are compared")
+@needs("avx512vbmi", "the loops are its instructions; above, all sets of this machine are compared")
 def test_loops_for_other_cores_give_the_same_bits(tmp_path: Path) -> None:
     source, cmake = Path(__file__).parent.parent / "native", program("cmake")
     assert cmake is not None, "cmake must be on the path or beside the interpreter: make test installs it"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from needs import program
+from needs import program, skip_module_without
 from septet.codes.tile import TILE_OUTPUTS
 from test_golden import FILES, array_of, layer_of
 
@@ -29,8 +29,8 @@ TOOLS = {
     "qemu-user-static": program("qemu-aarch64-static", "qemu-aarch64"),
     "cmake": program("cmake"),
 }
-if missing := [name for name, path in TOOLS.items() if path is None]:
-    pytest.skip(f"needs {', '.join(missing)}; make test installs them where it may", allow_module_level=True)
+skip_module_without("emulated-neon", "without them NEON's kernels run on ARM's processors only")
+assert TOOLS["cmake"] is not None, "cmake must be on the path or beside the interpreter: make test installs it"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import tolerances
 from septet.errors import OptionError
 
-pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 import engine_models
 from native_cases import SETS, native

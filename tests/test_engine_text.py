@@ -14,7 +14,7 @@ from septet.engine.sampling import Sampler, Sampling
 from septet.engine.shape import _windows
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 
-pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 import engine_models
 from septet import generate
@@ -57,7 +57,7 @@ def test_draws_have_the_probabilities() -> None:
 
 
 def test_the_penalty_is_that_of_transformers() -> None:
-    torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+    torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     from transformers import RepetitionPenaltyLogitsProcessor
 
     logits = np.array([1.0, 0.9, -2.0, 0.5], np.float32)

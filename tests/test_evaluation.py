@@ -11,8 +11,8 @@ import pytest
 
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from septet.evaluation import cut_windows, evaluate, score_models  # noqa: E402
 from septet.evaluation.divergence import divergence  # noqa: E402

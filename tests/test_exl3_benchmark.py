@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from safetensors.torch import save_file  # noqa: E402
 

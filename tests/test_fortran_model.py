@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from fortran_build import COMMANDS, compile_objects, link
+from needs import reason
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 if not COMMANDS:
-    pytest.skip("needs gfortran or flang; make test installs them where it may", allow_module_level=True)
+    pytest.skip(reason("fortran", "the kernels of septet in C++ are tested without"), allow_module_level=True)
 
 import small_models  # noqa: E402
 import tolerances  # noqa: E402
@@ -103,7 +104,7 @@ def test_text_goes_through_the_exported_tokenizer(program: Path, quantized: dict
 
 def test_words_and_merges_are_those_of_the_original(program: Path, quantized: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     """A BPE of 260 tokens, trained on SPEC.md: its lines, and texts with every kind of character side by side, give the same tokens."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra septet[hf]; make test installs it")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     spec = (ROOT / "SPEC.md").read_text(encoding="ascii", errors="ignore")
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

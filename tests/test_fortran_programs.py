@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fortran_build import COMMANDS, SOURCES, compile_objects, link, run
+from needs import reason
 
 if not COMMANDS:
-    pytest.skip("needs gfortran or flang; make test installs them where it may", allow_module_level=True)
+    pytest.skip(reason("fortran", "the kernels of septet in C++ are tested without"), allow_module_level=True)
 
 PROGRAMS = sorted(path.name for path in (SOURCES / "tests").glob("test_*.f90"))
 

@@ -8,8 +8,8 @@ import pytest
 
 from septet.errors import CheckpointError, OptionError
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from septet import generate  # noqa: E402
 from septet.engine.tokenizer import Pieces  # noqa: E402

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 from needs import needs, skip_module_without  # noqa: E402
 
 skip_module_without("triton", "test_engine.py tests the engine of the processor")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from septet.calibration import Sensitivity  # noqa: E402
 from septet.calibration.kept import load_array, save_array  # noqa: E402

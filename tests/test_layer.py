@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from septet.errors import CheckpointError, UnsupportedModelError  # noqa: E402
 from septet.layer import SeptetEmbedding, SeptetLinear  # noqa: E402

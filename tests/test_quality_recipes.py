@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import dither_model  # noqa: E402
 import quality_ggml  # noqa: E402
 import quality_recipes  # noqa: E402
+
+from needs import reason  # noqa: E402
 
 INPUTS = 192
 #: More than this is damage, not rounding: three bits without feedback lose a quarter of a Gaussian.
@@ -40,7 +42,7 @@ def loss(group: quality_recipes.Group, made: list[quality_recipes.Quantized]) ->
 def test_every_recipe_gives_weights_and_bits(name: str, group: quality_recipes.Group) -> None:
     recipe = quality_recipes.RECIPES[name]
     if recipe.family == "llama.cpp" and not quality_ggml.is_available():
-        pytest.skip("needs the extra septet[bench]: llama-cpp-python builds for ten minutes, so make test leaves it out")
+        pytest.skip(reason("llama-cpp", "it builds for ten minutes, so make test leaves it out; the recipes of septet are tested without"))
     given = group if recipe.calibrated else quality_recipes.Group(group.names, group.weights, None)
     made = recipe.quantize(given)
     for one, weight in zip(made, group.weights, strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 import checkpoints  # noqa: E402
 from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of  # noqa: E402

@@ -53,7 +53,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "IQ3_S"])
 @pytest.mark.parametrize("pure", [True, False])
 def test_files_for_llama_cpp_have_the_same_sizes(kind: str, pure: bool, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="needs the extra septet[gguf]; make test installs it")
+    gguf = pytest.importorskip("gguf", reason="needs septet[gguf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     from septet.bench.gguf_files import files_like
 
     write_synthetic(SMALL, tmp_path / "model", "trellis" if pure else "int8")

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra septet[hf]; make test installs it")
-transformers = pytest.importorskip("transformers", reason="needs the extra septet[hf]; make test installs it")
+torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 
 from safetensors.torch import load_file  # noqa: E402
 

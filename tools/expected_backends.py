@@ -46,7 +46,19 @@ def cpu_flags() -> set[str]:
 
 
 #: Packages without which tests are skipped: name of the backend -> how their names begin (NVRTC's may end in CUDA's version).
-OPTIONAL = {"triton": "triton", "nvrtc": "nvidia-cuda-nvrtc", "llama-cpp": "llama-cpp-python"}
+OPTIONAL = {"gguf": "gguf", "triton": "triton", "nvrtc": "nvidia-cuda-nvrtc", "llama-cpp": "llama-cpp-python"}
+
+
+#: Programs that tests run, each by any of its names: they are installed by make test where it may.
+PROGRAMS = {
+    "emulated-neon": [("aarch64-linux-gnu-g++",), ("qemu-aarch64-static", "qemu-aarch64")],
+    "mlir": [(name,) for name in ("flang-22", "fir-opt-22", "tco-22", "mlir-opt-22", "mlir-translate-22", "clang-22")],
+}
+
+
+def toolchains() -> list[str]:
+    """Those of PROGRAMS of which all are installed."""
+    return [name for name, programs in PROGRAMS.items() if all(any(map(shutil.which, names)) for names in programs)]
 
 
 def gpu_backends() -> list[str]:
@@ -67,8 +79,5 @@ def optional_backends() -> list[str]:
 if __name__ == "__main__":
     flags = cpu_flags()
     sets = [name for name, needed in REQUIRED_FLAGS.items() if needed <= flags]
-    print(
-        ",".join(
-            ["reference", "native", "scalar", *sets, *fortran_backends(), "torch", "transformers", *gpu_backends(), *optional_backends()]
-        )
-    )
+    others = [*fortran_backends(), *toolchains(), "torch", "transformers", *gpu_backends(), *optional_backends()]
+    print(",".join(["reference", "native", "scalar", *sets, *others]))

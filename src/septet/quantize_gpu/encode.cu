@@ -50,6 +50,7 @@ constexpr int BOUNDARIES = BARRIERS + TILES * 2 * 8;
 constexpr int SURVIVORS = BOUNDARIES + TILES * 4;
 
 static_assert(LOWS == PLACES && 1 << COST_BITS == PLACES * SHARE && PARTS == 2 && AROUND % 4 == 0, "no such cut");
+static_assert((long long)FORBIDDEN << COST_BITS <= 1ll << 30, "as much room again for the costs of a path");
 static_assert(GROUPS == 1 || (GROUPS % SETS == 0 && SETS % 4 == 0), "four neighbouring states are in one warp");
 
 // sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
