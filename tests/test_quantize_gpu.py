@@ -25,6 +25,7 @@ from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
 from septet.quantize.statistics import OUTPUT_DAMPINGS, corrected, input_metric, output_factor  # noqa: E402
 from septet.quantize_gpu import factorization, feedback, uploads  # noqa: E402
 from septet.quantize_gpu import statistics as on_gpu  # noqa: E402
+from septet.quantize_gpu.outputs import OutputFactors  # noqa: E402
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])
@@ -104,7 +105,7 @@ def test_outputs_get_the_factors_of_the_processor_or_none(panel: None) -> None:
     weak = -3 * np.outer(direction, direction) / (direction @ direction)
     weak[np.diag_indices(192)] = 1
     cases = [plain, None, weak, hopeless, np.eye(64)]
-    made = on_gpu.output_factors([(case, scale[: 192 if case is None else len(case)]) for case in cases], 64, "cpu")
+    made = OutputFactors([(case, scale[: 192 if case is None else len(case)]) for case in cases], 64, "cpu").result()
     assert [one is None for one in made] == [False, True, False, True, True]
     tiles = np.arange(192) // 64
     for case, one in ((plain, made[0]), (weak, made[2])):
@@ -168,7 +169,7 @@ def test_statistics_that_say_nothing_mean_plain_rounding() -> None:
 KERNEL_CHECK = """
 import numpy as np, torch
 from septet.codes import trellis
-from septet.quantize_gpu import kernels
+from septet.quantize_gpu import kernels, rotation
 device, rng = "{device}", np.random.default_rng(8)
 if device == "cpu":
     import triton_interpreter
@@ -180,6 +181,15 @@ for bits in {widths}:
 values = rng.standard_normal((37, 70))
 total = kernels.sum_columns(torch.from_numpy(values).to(device)).cpu().numpy()
 assert np.array_equal(total, np.add.accumulate(values, axis=0)[-1])
+for dtype in (torch.float32, torch.float64):
+    for block, shape in ((2, (37, 70)), (128, (128, 384)), (256, (512, 256)), (1024, (1024, 3)), (4096, (5, 4096))):
+        matrix = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+        for along_outputs in (False, True):
+            if shape[not along_outputs] % block == 0:
+                expected = rotation.hadamard(matrix, block, along_outputs)
+                there = matrix.to(device, copy=True)
+                for out in (torch.empty_like(there), there):
+                    assert torch.equal(kernels.hadamard(there, block, along_outputs, out).cpu(), expected), (dtype, block, along_outputs)
 print("equal")
 """
 

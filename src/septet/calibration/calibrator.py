@@ -73,6 +73,8 @@ class Calibrator:
         self._original: list[torch.Tensor] = []
         #: Inputs of the current block's layers in the unquantized model, by key, one tensor per window.
         self._original_inputs: dict[str, list[torch.Tensor]] = {}
+        #: What a GPU may still be reading when a group's statistics have been given away.
+        self._known_last: Upper | None = None
         self._current = -1
         #: Over the current block.
         self._passes: Passes | None = None
@@ -84,7 +86,7 @@ class Calibrator:
             layers: the group. Groups of a block must be asked for after those of earlier blocks.
 
         Returns:
-            None for layers outside the blocks, and where no token came by. From a GPU: tensors there.
+            None for layers outside the blocks, and where no token came by. From a GPU: tensors there, which nobody has waited for.
 
         Raises:
             UnsupportedModelError: the blocks are no plain chain, or are asked for out of order.
@@ -98,15 +100,16 @@ class Calibrator:
         while self._current < index:
             self._go_on()
         total, drift = self._collect(layers)
-        if not total.tokens:
+        if total.is_empty:
             return None
         inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
         self._read_ahead(layers)
+        self._known_last = known[0]
         _weigh(inputs, known[0])
         if drift is not None:
-            drift /= total.tokens
+            drift /= total.tokens()
         return GroupStatistics(inputs, drift, known[1])
 
     def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
@@ -163,7 +166,7 @@ class Calibrator:
         block = self._blocks[self._current + 1]
         with bringing(block, self._machine.device) if self._machine.is_gpu else nullcontext():
             if self._chain is None:
-                self._chain = Chain(self._model, self._blocks, self._windows, self._machine)
+                self._chain = Chain(self._model, self._blocks, self._windows, self._machine, times=2)
                 self._hidden = self._chain.hidden
                 self._original = self._hidden
             else:
@@ -248,10 +251,10 @@ def _weigh(inputs: np.ndarray | torch.Tensor, weighed: Upper) -> None:
     other = sum_all(weighed.diagonal().astype(np.float64))
     if not 0 < other < np.inf:
         return
-    trace = float(inputs.trace()) if on_gpu else sum_all(np.ascontiguousarray(inputs.diagonal()))
+    trace = inputs.trace() if on_gpu else sum_all(np.ascontiguousarray(inputs.diagonal()))
     inputs *= 1 - _WEIGHED_SHARE
     for start, stop, slab in weighed.slabs():
-        wide = torch.from_numpy(slab).to(inputs.device).double() if on_gpu else slab.astype(np.float64)
+        wide = torch.from_numpy(slab).to(inputs.device, non_blocking=True).double() if on_gpu else slab.astype(np.float64)
         wide *= _WEIGHED_SHARE * trace / other
         inputs[start:stop, start:] += wide
         inputs[stop:, start:stop] += wide[:, stop - start :].T

@@ -170,7 +170,7 @@ class _Step:
 
     def result(self) -> tuple[dict[str, np.ndarray | torch.Tensor], dict[str, np.ndarray | torch.Tensor]]:
         """The block's two sides, by group and by layer."""
-        inputs = {group: total.mean() for group, total in self._inputs.items() if total.tokens}
+        inputs = {group: total.mean() for group, total in self._inputs.items() if not total.is_empty}
         return inputs, {name: total.div_(max(self._tokens, 1)) for name, total in self._outputs.items()}
 
 

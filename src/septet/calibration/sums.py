@@ -35,9 +35,15 @@ class InputSum:
         self._counts: list[torch.Tensor] = []
 
     @property
-    def tokens(self) -> int:
-        """How many have been added."""
-        return self._exact.tokens if self._exact is not None else sum(map(int, self._counts))
+    def is_empty(self) -> bool:
+        """Whether there were no tokens; a GPU is not asked how many of them it left out."""
+        return not self._counts if self._exact is None else not self._exact.tokens
+
+    def tokens(self) -> int | torch.Tensor:
+        """How many have been added, at least 1; from a GPU [], there."""
+        if self._exact is not None:
+            return max(self._exact.tokens, 1)
+        return torch.stack([count.to(self._sum.device) for count in self._counts]).sum().clamp(min=1)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add tokens, float32 [tokens, K]; rows that are not finite are left out."""
@@ -51,7 +57,7 @@ class InputSum:
 
     def mean(self) -> np.ndarray | torch.Tensor:
         """The Hessian per token, float64 [K, K]: an array, or a tensor on the GPU. A GPU's sum is used up."""
-        return self._exact.mean() if self._exact is not None else self._sum.total().div_(max(self.tokens, 1))
+        return self._exact.mean() if self._exact is not None else self._sum.total().div_(self.tokens())
 
 
 class ProductSum:
@@ -65,7 +71,8 @@ class ProductSum:
     """
 
     def __init__(self, size: int, devices: Sequence[str], dtype: torch.dtype, symmetric: bool = False) -> None:
-        self._symmetric, self._matrix = symmetric, torch.zeros((size, size), dtype=dtype, device=devices[0])
+        self.device, self._symmetric = devices[0], symmetric
+        self._matrix = torch.zeros((size, size), dtype=dtype, device=self.device)
         #: (rows, columns, their sum) of each GPU.
         self._panels: dict[str, list[tuple[slice, slice, torch.Tensor]]] = {device: [] for device in devices}
         # There and back again, since panels of a symmetric sum become shorter.
@@ -73,18 +80,22 @@ class ProductSum:
         for number, start in enumerate(range(0, size, _PANEL)):
             rows, columns = slice(start, min(start + _PANEL, size)), slice(start if symmetric else 0, size)
             device, part = turns[number % len(turns)], self._matrix[rows, columns]
-            part = part if device == devices[0] else torch.zeros(part.shape, dtype=dtype, device=device)
+            part = part if device == self.device else torch.zeros(part.shape, dtype=dtype, device=device)
             self._panels[device].append((rows, columns, part))
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add tokens, float32 [tokens, K] each, on any GPU."""
-        for device, panels in self._panels.items():
-            if not panels:
-                continue
-            right_there = right.to(device).to(panels[0][2].dtype)
-            left_there = right_there if left is right else left.to(device).to(right_there.dtype)
-            for rows, columns, part in panels:
-                part.addmm_(left_there[:, rows].T, right_there[:, columns])
+        # All copies are sent before any sum: a GPU gives away what it has in the order of its work.
+        there = {}
+        for device in [device for device, panels in self._panels.items() if panels]:
+            right_there = right.to(device)
+            there[device] = right_there if left is right else left.to(device), right_there
+        for device, (left_there, right_there) in there.items():
+            dtype = self._matrix.dtype
+            right_wide = right_there.to(dtype)
+            left_wide = right_wide if left is right else left_there.to(dtype)
+            for rows, columns, part in self._panels[device]:
+                part.addmm_(left_wide[:, rows].T, right_wide[:, columns])
 
     def total(self) -> torch.Tensor:
         """The sum, [K, K] on the first GPU; it is used up."""

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.quantize.threads import default_threads
-from septet.quantize_gpu.devices import on_devices
+from septet.quantize_gpu.devices import in_turn
 
 __all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "map_windows"]
 
@@ -83,8 +83,7 @@ def map_windows(
         devices = machine.devices if shared else machine.devices[:1]
         # The fast backward passes of attention add in any order.
         with sdpa_kernel(SDPBackend.MATH) if gradients else ExitStack():
-            for start in range(0, len(items), len(devices)):
-                yield on_devices([(device, quietly, item) for device, item in zip(devices, items[start : start + len(devices)])])
+            yield from in_turn(devices, quietly, items)
         return
     with ThreadPoolExecutor(min(machine.threads or default_threads(), WINDOWS_AT_ONCE)) as pool:
         for start in range(0, len(items), WINDOWS_AT_ONCE):

@@ -5,15 +5,16 @@ And work beside what a GPU does, and the way back to the host's memory.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-__all__ = ["beside", "on_devices", "to_host"]
+__all__ = ["aside", "beside", "in_turn", "on_devices", "to_host"]
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
@@ -28,20 +29,46 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
         The results, in order. An error of any call is raised after all have ended.
     """
 
-    def run(device: str, work: Callable[[_Item], _Result], item: _Item) -> _Result:
-        here = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
-        with here:
-            return work(item)
-
-    def quietly(*call: Any) -> _Result:
-        with torch.no_grad():
-            return run(*call)
-
     if len(calls) == 1:
-        return [run(*calls[0])]
+        return [_here(*calls[0])]
     with ThreadPoolExecutor(len(calls)) as pool:
-        futures = [pool.submit(quietly, *call) for call in calls]
+        futures = [pool.submit(_quietly, *call) for call in calls]
         return [future.result() for future in futures]
+
+
+def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[list[_Result]]:
+    """Apply `work` to items, of which each GPU gets the next one; several have a thread each, which is one item ahead of what is asked for.
+
+    Args:
+        devices: where.
+        work: as in `on_devices`.
+        items: any number.
+
+    Yields:
+        The results of one item for each GPU, in order.
+    """
+    if len(devices) == 1:
+        for item in items:
+            yield [_here(devices[0], work, item)]
+        return
+    rounds = [items[start : start + len(devices)] for start in range(0, len(items), len(devices))]
+    with ExitStack() as threads:
+        pools = [threads.enter_context(ThreadPoolExecutor(1)) for _ in devices]
+        under_way: deque[list[Future[_Result]]] = deque()
+        for part in [*rounds, []]:
+            under_way.append([pool.submit(_quietly, device, work, item) for pool, device, item in zip(pools, devices, part)])
+            if len(under_way) > 1:
+                yield [future.result() for future in under_way.popleft()]
+
+
+def _here(device: str, work: Callable[[_Item], _Result], item: _Item) -> _Result:
+    with torch.cuda.device(device) if device.startswith("cuda") else nullcontext():
+        return work(item)
+
+
+def _quietly(device: str, work: Callable[[_Item], _Result], item: _Item) -> _Result:
+    with torch.no_grad():
+        return _here(device, work, item)
 
 
 @contextmanager
@@ -72,6 +99,21 @@ def beside(device: str, work: Callable[[], _Result]) -> Iterator[Callable[[], _R
 
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(run).result
+
+
+@contextmanager
+def aside(*devices: str) -> Iterator[None]:
+    """Send what is inside the `with` to streams of their own, beside what the GPUs have been given to do; what is sent later waits for it.
+
+    Nothing inside may need anything that is under way. What is allocated inside must be kept until the GPU has been waited for.
+    """
+    gpus = [device for device in devices if device.startswith("cuda")]
+    with ExitStack() as streams:
+        for gpu in gpus:
+            streams.enter_context(torch.cuda.stream(_side_stream(gpu)))
+        yield
+    for gpu in gpus:
+        torch.cuda.current_stream(gpu).wait_stream(_side_stream(gpu))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Triton kernels: the trellis encoder, which is the exact search of `codes.trellis_search` with the same ties, and ordered sums.
+"""Triton kernels: the trellis encoder, which is the exact search of `codes.trellis_search` with the same ties, ordered sums, rotations.
 
 One program encodes one tile. A step looks at all 65536 windows, but only the costs of the 2^(16 - b) states are kept between steps. With
 w = s << b | low the new state is s = c * groups + g, and the state before it g << b | low: so the costs are read as [groups, 2^b], and
@@ -11,6 +11,7 @@ On a processor the kernel runs in Triton's interpreter, which the tests use.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -22,7 +23,7 @@ from septet.codes import trellis
 from septet.codes.tile import PAIRS_PER_TILE
 from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
 
-__all__ = ["encode", "search", "sum_columns"]
+__all__ = ["MOST_BYTES_TURNED", "encode", "hadamard", "search", "sum_columns"]
 
 #: Tiles that an H100 searches at the same time when each has a multiprocessor of its own. Then a program has many warps, otherwise few, and
 #: several programs share a multiprocessor: (warps, windows that a program looks at together).
@@ -31,6 +32,8 @@ _FOR_FEW = 16, 16384
 _FOR_MANY = 4, 4096
 #: Tiles of one launch; survivors take 64 KB of each at 7 bits per pair.
 _TILES_AT_ONCE = 4096
+#: Of a Hadamard block, at most: what a program has in its registers, with as many neighbours as there is room for.
+MOST_BYTES_TURNED = 1 << 15
 
 
 def encode(fixed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -89,6 +92,28 @@ def sum_columns(values: torch.Tensor) -> torch.Tensor:
     block = 64
     _add_in_order[(-(-count // block),)](values, result, length, count, BLOCK=block, num_warps=2)
     return result
+
+
+def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool, out: torch.Tensor) -> torch.Tensor:
+    """Multiply by the block Hadamard matrix in one pass, with the bits of `rotation.hadamard`.
+
+    Args:
+        matrix: float32 or float64 [N, K], contiguous, on a GPU.
+        block: a power of two, at least 2, that divides the side it goes along; of at most `MOST_BYTES_TURNED` bytes.
+        along_outputs: along N instead of K.
+        out: like `matrix`, or itself.
+
+    Returns:
+        `out`.
+    """
+    outputs, inputs = matrix.shape
+    others, groups = (inputs, outputs // block) if along_outputs else (outputs, inputs // block)
+    steps = (1, inputs) if along_outputs else (inputs, 1)
+    together = max(1, MOST_BYTES_TURNED // (block * matrix.itemsize))
+    grid = -(-others // together), groups
+    scale = 1 / math.sqrt(block)
+    _turn_blocks[grid](matrix, out, others, *steps, BLOCK=block, STAGES=block.bit_length() - 1, TOGETHER=together, SCALE=scale, num_warps=8)
+    return out
 
 
 @cache
@@ -176,3 +201,21 @@ def _add_in_order(values, result, length, count, BLOCK: tl.constexpr):
         total += tl.load(place, mask=column < count, other=0.0)
         place += count
     tl.store(result + column, total, mask=column < count)
+
+
+@triton.jit
+def _turn_blocks(
+    matrix, out, others, other_step, step, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, SCALE: tl.constexpr
+):
+    """A Hadamard block of several neighbours: sums and differences at distances 1, 2, 4, ..., then one multiplication."""
+    other = tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
+    along = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = other[:, None] * other_step + along[None, :] * step
+    there = other[:, None] < others
+    values = tl.load(matrix + place, mask=there, other=0.0)
+    for stage in tl.static_range(STAGES):
+        pairs = tl.reshape(values, (TOGETHER, BLOCK >> (stage + 1), 2, 1 << stage))
+        first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        pairs = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+        values = tl.reshape(pairs, (TOGETHER, BLOCK))
+    tl.store(out + place, values * tl.full((TOGETHER, BLOCK), SCALE, values.dtype), mask=there)

@@ -19,10 +19,11 @@ from septet.quantize.statistics import output_rows
 from septet.quantize_gpu import sums
 from septet.quantize_gpu.factorization import Factor
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
-from septet.quantize_gpu.rotation import hadamard_outputs, rotate, unrotate
-from septet.quantize_gpu.statistics import InputMetric, output_factors
+from septet.quantize_gpu.outputs import OutputFactors
+from septet.quantize_gpu.rotation import hadamard, rotate, unrotate
+from septet.quantize_gpu.statistics import InputMetric
 
-__all__ = ["Coded", "Piece", "Settings", "Work", "pieces_of"]
+__all__ = ["Coded", "Piece", "Prepared", "Settings", "Work", "pieces_of"]
 
 #: Rows whose outputs do not know each other are worked off in pieces of about this many weights.
 _PIECE_WEIGHTS = 1 << 25
@@ -84,6 +85,21 @@ def pieces_of(tensor: int, shape: tuple[int, int], sensitivity: np.ndarray | Non
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """Pieces on the GPU that works on them, before anything of the inputs is needed.
+
+    Args:
+        pieces: some.
+        rotated: of each its weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n].
+        factors: of their outputs.
+    """
+
+    pieces: list[Piece]
+    rotated: list[tuple[torch.Tensor, np.ndarray]]
+    factors: OutputFactors
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """What one GPU needs for its share of a group.
 
@@ -94,7 +110,6 @@ class Work:
         wanted: float64 [N_i], signed scales of the rows for unit variance.
         input_scale: float32 [K], s_in, on the device.
         blocks: of the rotation, inputs and outputs.
-        metric: what is known of the inputs, on the device; used up.
         packed: uint8 [ceil(N_i/64), ...], in the host's memory, where the bytes of all tensors go.
         device: where.
     """
@@ -105,19 +120,28 @@ class Work:
     wanted: list[np.ndarray]
     input_scale: torch.Tensor
     blocks: tuple[int, int]
-    metric: InputMetric
     packed: list[torch.Tensor]
     device: str
 
     def to(self, device: str) -> Work:
-        """The same for another GPU, with copies of what is used up."""
-        return replace(self, input_scale=self.input_scale.to(device), metric=self.metric.to(device), device=device)
+        """The same for another GPU."""
+        return replace(self, input_scale=self.input_scale.to(device), device=device)
 
-    def run(self, pieces: list[Piece]) -> list[Coded]:
-        """Quantize some pieces."""
-        bits, metric = self.settings.bits_per_pair, self.metric
+    def prepare(self, pieces: list[Piece]) -> Prepared:
+        """What can be done before the inputs are known; it is only sent to the GPU."""
+        rotated = [self._rotate(piece) for piece in pieces]
+        return Prepared(pieces, rotated, self._output_factors(pieces, [scale for _, scale in rotated]))
+
+    def run(self, prepared: Prepared, metric: InputMetric) -> list[Coded]:
+        """Quantize pieces.
+
+        Args:
+            prepared: the pieces; rotated weights are used up.
+            metric: what is known of the inputs, on the device; used up.
+        """
+        bits, pieces = self.settings.bits_per_pair, prepared.pieces
         encoder = self.settings.encoder or _kernel(self.device, feedback=metric.known is not None)
-        rotated, factors = self._prepared(pieces)
+        rotated, factors = self._corrected(prepared, metric)
         metric.drift = None
         if metric.known is None:
             encoded = [encode_plainly(rows, bits, encoder) for rows, _ in rotated]
@@ -125,48 +149,53 @@ class Work:
             sheets = [Sheet(rows, factor) for (rows, _), factor in zip(rotated, factors)]
             encoded = encode_sheets(sheets, metric.known.factor(TILE_INPUTS), bits, encoder)
             metric.known.hessian()
-        return self._finished(pieces, rotated, encoded)
+        return self._finished(pieces, rotated, encoded, metric)
 
-    def _prepared(self, pieces: list[Piece]) -> tuple[list[tuple[torch.Tensor, np.ndarray]], list[Factor | None]]:
-        """What to encode of each piece, and the factors of their outputs.
-
-        Returns:
-            Rotated weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n]; and the factors.
-        """
-        bits, block = self.settings.bits_per_pair, self.blocks[1]
+    def _corrected(self, prepared: Prepared, metric: InputMetric) -> tuple[list[tuple[torch.Tensor, np.ndarray]], list[Factor | None]]:
+        """What to encode of each piece and its scale, as in `Prepared`, and the factors of their outputs."""
+        bits, block, pieces = self.settings.bits_per_pair, self.blocks[1], prepared.pieces
         reach = max(trellis_code.WIDTHS[bits].table) / trellis_code.WIDTHS[bits].levels_per_sigma
-        rotated = [self._rotate(piece) for piece in pieces]
+        rotated, kept = prepared.rotated, []
+        for number, (rows, scale) in enumerate(rotated):
+            rotated[number] = metric.corrected(rows), scale
+            # Memory that another stream has allocated must not go back to it before all this is done.
+            kept.append(rows)
         clipping = [sums.clips(rows, reach, block, scales.CLIPPING_IGNORED) for rows, _ in rotated]
         # Everything has been sent before anything is waited for.
-        factors = self._output_factors(pieces, [scale for _, scale in rotated])
+        factors = prepared.factors.result()
         for number in torch.stack(clipping).nonzero().flatten().tolist():
-            rotated[number] = self._rotate(pieces[number], scales.headroom(rotated[number][0].cpu().numpy(), bits, block))
-            factors[number] = self._output_factors([pieces[number]], [rotated[number][1]])[0]
+            rows, scale = self._rotate(pieces[number], scales.headroom(rotated[number][0].cpu().numpy(), bits, block))
+            rotated[number] = metric.corrected(rows), scale
+            factors[number] = self._output_factors([pieces[number]], [scale]).result()[0]
         return rotated, factors
 
     def _rotate(self, piece: Piece, headroom: np.ndarray | float = 1.0) -> tuple[torch.Tensor, np.ndarray]:
         weight, wanted = self.weights[piece.tensor][piece.rows].to(self.device), self.wanted[piece.tensor][piece.rows] * headroom
         per_sigma = trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma
         scale = scales.round_to_float16(wanted / per_sigma, self.names[piece.tensor])
-        rows = rotate(weight, self._sigma(scale), self.input_scale, *self.blocks)
-        return self.metric.corrected(rows), scale
+        return rotate(weight, self._sigma(scale), self.input_scale, *self.blocks), scale
 
     def _sigma(self, scale: np.ndarray) -> torch.Tensor:
         """What a standard deviation in the coded basis is before it, float32 [n], from a scale, float16 [n]."""
         sigma = scale.astype(np.float32) * np.float32(trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma)
         return torch.from_numpy(sigma).to(self.device, non_blocking=True)
 
-    def _output_factors(self, pieces: list[Piece], kept: list[np.ndarray]) -> list[Factor | None]:
+    def _output_factors(self, pieces: list[Piece], kept: list[np.ndarray]) -> OutputFactors:
         blocks = [(piece.sensitivity, scale.astype(np.float64)) for piece, scale in zip(pieces, kept)]
-        return output_factors(blocks, self.blocks[1], self.device)
+        return OutputFactors(blocks, self.blocks[1], self.device)
 
     def _finished(
-        self, pieces: list[Piece], rotated: list[tuple[torch.Tensor, np.ndarray]], encoded: list[tuple[torch.Tensor, torch.Tensor]]
+        self,
+        pieces: list[Piece],
+        rotated: list[tuple[torch.Tensor, np.ndarray]],
+        encoded: list[tuple[torch.Tensor, torch.Tensor]],
+        metric: InputMetric,
     ) -> list[Coded]:
         """The finished pieces: scales fitted again, and how far they are from their weights. Nothing waits while there is work to send."""
         kept = [scale for _, scale in rotated]
-        if self.metric.known is not None:
-            sides = [self._refit_sides(rows, levels, scale) for (rows, scale), (_, levels) in zip(rotated, encoded)]
+        if metric.known is not None:
+            hessian = metric.known.matrix
+            sides = [self._refit_sides(rows, levels, scale, hessian) for (rows, scale), (_, levels) in zip(rotated, encoded)]
             names = [self.names[piece.tensor] for piece in pieces]
             kept = [better_scales(old, *both.cpu().numpy(), name) for old, both, name in zip(kept, sides, names)]
         for piece, (packed, _) in zip(pieces, encoded):
@@ -176,7 +205,7 @@ class Work:
         for piece, (_, levels), scale in zip(pieces, encoded, kept):
             rows = self._decoded(levels, scale)
             squares.append(self._squares(piece, rows))
-            decoded.append(None if self.metric.known is None else rows)
+            decoded.append(None if metric.known is None else rows)
         # The copies have arrived, too, when this has.
         sums_of_squares = torch.stack(squares).tolist()
         return [Coded(scale, *pair, rows) for scale, pair, rows in zip(kept, sums_of_squares, decoded)]
@@ -192,11 +221,11 @@ class Work:
         energy = weight.square().sum()
         return torch.stack([(weight - decoded).square_().sum(), energy])
 
-    def _refit_sides(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray) -> torch.Tensor:
+    def _refit_sides(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, hessian: torch.Tensor) -> torch.Tensor:
         """Both sides of `quantize.refit.refit_output_scale`, of better output scales for given levels: float64 [2, n]."""
-        rows = hadamard_outputs(levels.float(), self.blocks[1]).double()
-        targets = hadamard_outputs(rotated, self.blocks[1]) * self._sigma(scale)[:, None]
-        weighted = rows @ self.metric.known.matrix
+        rows = hadamard(levels.float(), self.blocks[1], along_outputs=True).double()
+        targets = hadamard(rotated, self.blocks[1], along_outputs=True) * self._sigma(scale)[:, None]
+        weighted = rows @ hessian
         linear = (weighted * targets).sum(1)
         return torch.stack([linear, weighted.mul_(rows).sum(1)])
 

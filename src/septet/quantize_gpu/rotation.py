@@ -12,27 +12,44 @@ from septet.codes import trellis
 from septet.codes.tile import PAIRS_PER_TILE, TILE_INPUTS, TILE_OUTPUTS, tile_bytes, tile_grid
 from septet.quantize import QuantizedTensor
 
-__all__ = ["dequantize", "hadamard", "hadamard_outputs", "pack", "rotate", "unrotate", "window_levels", "windows_of_packed"]
+__all__ = ["dequantize", "hadamard", "pack", "rotate", "unrotate", "window_levels", "windows_of_packed"]
 
 #: Bytes are taken apart for about so many tiles at a time.
 _TILES_TO_UNPACK = 1 << 15
 
 
-def hadamard(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Multiply float32 or float64 [N, K] by the block Hadamard matrix along its inputs; block 1 gives the matrix itself."""
-    if block == 1:
-        return matrix
+def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by the block Hadamard matrix.
+
+    Args:
+        matrix: float32 or float64 [N, K].
+        block: a power of two that divides the side it goes along.
+        along_outputs: along N instead of K.
+        out: where to, contiguous, perhaps `matrix` itself; None: a new tensor.
+
+    Returns:
+        `out`; without one and with block 1 the matrix itself.
+    """
+    if out is None:
+        out = matrix if block == 1 else torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    if matrix.is_cuda and block > 1:
+        from septet.quantize_gpu import kernels
+
+        if block * matrix.itemsize <= kernels.MOST_BYTES_TURNED:
+            return kernels.hadamard(matrix.contiguous(), block, along_outputs, out)
+    if out is not matrix or block > 1:
+        out.copy_(_butterflies(matrix.T, block).T if along_outputs else _butterflies(matrix, block))
+    return out
+
+
+def _butterflies(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """[N, K] along its inputs, one operation after the other."""
     values, stride = matrix, 1
     while stride < block:
         pairs = values.reshape(-1, block // (2 * stride), 2, stride)
         values = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
         stride *= 2
-    return values.mul_(1 / math.sqrt(block)).reshape(matrix.shape)
-
-
-def hadamard_outputs(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """The same along its outputs."""
-    return matrix if block == 1 else hadamard(matrix.T.contiguous(), block).T.contiguous()
+    return values.reshape(matrix.shape) * (1 / math.sqrt(block))
 
 
 def rotate(
@@ -43,15 +60,16 @@ def rotate(
     rows = weight / torch.where(kept, output_scale, torch.ones_like(output_scale))[:, None]
     rows /= input_scale
     rows[~kept] = 0
-    return hadamard_outputs(hadamard(rows, input_block), output_block)
+    return hadamard(hadamard(rows, input_block, out=rows), output_block, along_outputs=True, out=rows)
 
 
 def unrotate(
     levels: torch.Tensor, output_scale: torch.Tensor, input_scale: torch.Tensor, input_block: int, output_block: int
 ) -> torch.Tensor:
     """The inverse of `rotate`: float32 or int8 [N, K] -> float32 [N, K]."""
-    rows = hadamard_outputs(hadamard(levels.float(), input_block), output_block)
-    return rows * output_scale[:, None] * input_scale
+    rows = levels.to(torch.float32, copy=True)
+    hadamard(hadamard(rows, input_block, out=rows), output_block, along_outputs=True, out=rows)
+    return rows.mul_(output_scale[:, None]).mul_(input_scale)
 
 
 def dequantize(quantized: QuantizedTensor, device: str) -> torch.Tensor:

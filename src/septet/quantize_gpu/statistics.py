@@ -1,25 +1,21 @@
-"""What is known of a group's inputs and outputs, on a GPU, in the coded basis: what `quantize.statistics` does."""
+"""What is known of a group's inputs, on a GPU, in the coded basis: what `quantize.statistics` does."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from septet.codes.tile import TILE_OUTPUTS
 from septet.quantize import GroupStatistics
 from septet.quantize.factorization import DAMPINGS
-from septet.quantize.statistics import DRIFT_SHARE, OUTPUT_DAMPINGS
-from septet.quantize_gpu.factorization import Decomposition, Factor, attempt_factor, decompose, panels_of
+from septet.quantize.statistics import DRIFT_SHARE
+from septet.quantize_gpu.factorization import Decomposition, decompose, panels_of
 from septet.quantize_gpu.rotation import hadamard
 from septet.quantize_gpu.sums import slabs
 
-__all__ = ["InputMetric", "input_metric", "output_factors"]
+__all__ = ["InputMetric", "as_coded", "input_metric"]
 
 #: Rows are rotated, and looked through, in slabs of about so many numbers.
 _SLAB = 1 << 25
@@ -63,7 +59,7 @@ def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, 
     """
     if statistics is None:
         return InputMetric()
-    hessian = _rotate(_without_damage(_owned(statistics.inputs, torch.float64, input_scale.device)), input_scale, block)
+    hessian = as_coded(_owned(statistics.inputs, torch.float64, input_scale.device), input_scale, block)
     known = decompose(hessian, DAMPINGS)
     drift = None if known is None or statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
     if drift is not None:
@@ -72,35 +68,9 @@ def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, 
     return InputMetric(known, drift)
 
 
-def output_factors(blocks: Sequence[tuple[np.ndarray | None, np.ndarray]], block: int, device: str) -> list[Factor | None]:
-    """The factors of blocks of outputs, for feedback between their tiles; see `quantize.statistics.output_factor`.
-
-    Nothing waits for the GPU before all of them are under way.
-
-    Args:
-        blocks: of each the sensitivity, float [B, B], of B neighbouring outputs, or None; and signed s_out, float64 [B].
-        block: Hadamard block that divides B.
-        device: where to compute.
-
-    Returns:
-        None where the sensitivity is not known or of no use, or all outputs are in one tile.
-    """
-    known = [number for number, (sensitivity, _) in enumerate(blocks) if sensitivity is not None and len(sensitivity) > TILE_OUTPUTS]
-    matrices = [_outputs_as_coded(*blocks[number], block, device) for number in known]
-    attempts = [attempt_factor(matrix, OUTPUT_DAMPINGS[0], TILE_OUTPUTS) for matrix in matrices]
-    made: list[Factor | None] = [None] * len(blocks)
-    for number, matrix, (fits, shift) in zip(known, matrices, torch.stack(attempts).tolist() if attempts else []):
-        if fits:
-            made[number] = Factor(matrix, shift)
-        elif (others := decompose(_outputs_as_coded(*blocks[number], block, device), OUTPUT_DAMPINGS[1:])) is not None:
-            made[number] = others.factor(TILE_OUTPUTS)
-    return made
-
-
-def _outputs_as_coded(sensitivity: np.ndarray, scale: np.ndarray, block: int, device: str) -> torch.Tensor:
-    """A sensitivity in the coded basis of its outputs, float64 [B, B] on the device."""
-    there = torch.from_numpy(sensitivity).to(device, copy=True, non_blocking=True).double()
-    return _rotate(_without_damage(there), torch.from_numpy(scale).to(device, non_blocking=True), block)
+def as_coded(hessian: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """A Hessian without what is damaged, in the coded basis: float64 [K, K], in place; and signed scales [K]."""
+    return _rotate(_without_damage(hessian), scale, block)
 
 
 def _owned(matrix: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -126,18 +96,7 @@ def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
 
 def _rotate(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
     """Hd diag(scale) matrix diag(scale) Hd, float64 or float32 [K, K], in place."""
-    wide, turn = scale.double(), _turn(block, str(scale.device))
+    wide = scale.double()
     for slab in slabs(len(matrix), len(matrix), _SLAB):
-        rows = matrix[slab] * wide
-        matrix[slab] = (rows.view(-1, block) @ turn).view(rows.shape).to(matrix.dtype)
-    for slab in slabs(len(matrix), len(matrix), _SLAB):
-        columns = matrix[:, slab] * wide[:, None]
-        blocks = turn @ columns.view(-1, block, columns.shape[1])
-        matrix[:, slab] = blocks.view(columns.shape).to(matrix.dtype)
-    return matrix
-
-
-@cache
-def _turn(block: int, device: str) -> torch.Tensor:
-    """A Hadamard block, float64 [block, block]."""
-    return hadamard(torch.eye(block, dtype=torch.float64, device=device), block)
+        matrix[slab] = matrix[slab] * wide * wide[slab, None]
+    return hadamard(hadamard(matrix, block, out=matrix), block, along_outputs=True, out=matrix)

@@ -18,10 +18,10 @@ from septet.quantize import GroupStatistics, QuantizedTensor, rotation, scales
 from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
-from septet.quantize_gpu.devices import beside, on_devices
-from septet.quantize_gpu.pieces import Coded, Piece, Settings, Work, pieces_of
+from septet.quantize_gpu.devices import aside, beside, on_devices
+from septet.quantize_gpu.pieces import Coded, Piece, Prepared, Settings, Work, pieces_of
 from septet.quantize_gpu.rotation import dequantize as decode
-from septet.quantize_gpu.statistics import input_metric
+from septet.quantize_gpu.statistics import InputMetric, input_metric
 from septet.quantize_gpu.uploads import upload
 
 __all__ = ["DecodedTensor", "dequantize", "quantize_trellis"]
@@ -93,18 +93,20 @@ def _quantize(
         lambda scale: plain if scale is None else divided, columns, known or [None] * len(names), output_block, bits
     )
     input_scale = columns * rotation.random_signs(settings.seed, f"{names[0]}/in", inputs)
-    there_scale = torch.from_numpy(input_scale).to(device)
-    metric = input_metric(found, there_scale, input_block)
     signs = [rotation.random_signs(settings.seed, f"{name}/out", count) for name, count in zip(names, outputs)]
     wanted = [sign * magnitude / 2.0**exponent for sign, magnitude in zip(signs, magnitudes)]
     packed = [_bytes_for(tuple(weight.shape), bits, device) for weight in weights]
-    work = Work(settings, names, there, wanted, there_scale, (input_block, output_block), metric, packed, device)
-    pieces = [
-        piece
-        for tensor, weight in enumerate(there)
-        for piece in pieces_of(tensor, weight.shape, None if known is None or metric.known is None else known[tensor], output_block)
-    ]
-    coded = share(work, pieces, settings.helpers)
+    with aside(device):
+        there_scale = torch.from_numpy(input_scale).to(device)
+    work = Work(settings, names, there, wanted, there_scale, (input_block, output_block), packed, device)
+    pieces = _pieces(there, known, output_block)
+    # Rows are prepared beside what the statistics have been given to do, which nobody has waited for.
+    shares = share(work, pieces, settings.helpers)
+    metric = input_metric(found, there_scale, input_block)
+    if known is not None and metric.known is None:
+        pieces = _pieces(there, None, output_block)
+        shares = share(work, pieces, settings.helpers)
+    coded = run(shares, metric)
     made = []
     for tensor, weight in enumerate(there):
         mine = [one for piece, one in zip(pieces, coded) if piece.tensor == tensor]
@@ -141,14 +143,38 @@ def _bytes_for(shape: tuple[int, int], bits: int, device: str) -> torch.Tensor:
     return torch.empty((rows, columns * tile_bytes(bits)), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
 
 
-def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[Coded]:
-    """What becomes of all pieces, neighbours on one GPU: on `work`'s own and on helpers, of which each gets about the same."""
+def _pieces(weights: list[torch.Tensor], sensitivities: tuple[np.ndarray, ...] | None, output_block: int) -> list[Piece]:
+    """All pieces of a group, in order."""
+    known = sensitivities or [None] * len(weights)
+    return [piece for tensor, weight in enumerate(weights) for piece in pieces_of(tensor, weight.shape, known[tensor], output_block)]
+
+
+def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[tuple[Work, Prepared]]:
+    """Deal out pieces, neighbours to one GPU, to `work`'s own and to helpers, of which each gets about the same; and prepare them."""
     devices = [work.device, *helpers[: len(pieces) - 1]]
     rows = np.cumsum([0] + [piece.rows.stop - piece.rows.start for piece in pieces])
     owner = np.minimum((rows[:-1] + rows[1:]) * len(devices) // (2 * rows[-1]), len(devices) - 1)
     shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(devices))]
+
+    def prepare(item: tuple[str, list[Piece]]) -> tuple[Work, Prepared]:
+        device, part = item
+        with aside(work.device, device):
+            own = work if device == work.device else work.to(device)
+            return own, own.prepare(part)
+
+    return on_devices([(device, prepare, (device, part)) for device, part in zip(devices, shares) if part])
+
+
+def run(shares: list[tuple[Work, Prepared]], metric: InputMetric) -> list[Coded]:
+    """What becomes of all pieces, in order."""
+
+    def finish(item: tuple[Work, Prepared, InputMetric]) -> list[Coded]:
+        work, prepared, own = item
+        return work.run(prepared, own)
+
     # Nobody begins before all copies are made: work uses up what it was given.
-    calls = [(device, (work.to(device) if own else work).run, part) for own, (device, part) in enumerate(zip(devices, shares)) if part]
+    metrics = [metric.to(work.device) if number else metric for number, (work, _) in enumerate(shares)]
+    calls = [(work.device, finish, (work, prepared, own)) for (work, prepared), own in zip(shares, metrics)]
     return [one for part in on_devices(calls) for one in part]
 
 
