@@ -19,6 +19,8 @@ __all__ = ["Decomposition", "Factor", "attempt_factor", "decompose", "panels_of"
 
 #: Rows and columns of a square; a multiple of both sides of a tile.
 _PANEL = 1024
+#: Of the triangles that are inverted by themselves, all of a panel at once.
+_SMALL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +145,22 @@ def _cholesky(matrix: torch.Tensor, damping: float) -> tuple[list[torch.Tensor],
 
 
 def _inverse(root: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangle."""
-    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype, device=root.device), upper=False)
+    """The inverse of a lower triangle: of small ones on its diagonal, then of two neighbours together, again and again."""
+    size, width = len(root), _SMALL
+    if size % width or size & (size - 1):
+        return torch.linalg.solve_triangular(root, torch.eye(size, dtype=root.dtype, device=root.device), upper=False)
+    small = root.view(size // width, width, size // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    unit = torch.eye(width, dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(small.contiguous(), unit, upper=False)
+    while width < size:
+        pairs = size // (2 * width)
+        below = root.view(pairs, 2, width, pairs, 2, width)[:, 1, :, :, 0].diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        first, second = inverse.view(pairs, 2, width, width).unbind(1)
+        inverse = torch.zeros((pairs, 2, width, 2, width), dtype=root.dtype, device=root.device)
+        inverse[:, 0, :, 0], inverse[:, 1, :, 1], inverse[:, 1, :, 0] = first, second, -second @ (below @ first)
+        width *= 2
+        inverse = inverse.view(pairs, width, width)
+    return inverse[0]
 
 
 def _whole_coefficients(matrix: torch.Tensor, tile: int) -> torch.Tensor:

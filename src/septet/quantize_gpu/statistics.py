@@ -17,7 +17,7 @@ from septet.quantize_gpu.sums import slabs
 
 __all__ = ["InputMetric", "as_coded", "input_metric"]
 
-#: Rows are rotated, and looked through, in slabs of about so many numbers.
+#: Rows are looked through in slabs of about so many numbers.
 _SLAB = 1 << 25
 
 
@@ -59,7 +59,10 @@ def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, 
     """
     if statistics is None:
         return InputMetric()
-    hessian = as_coded(_owned(statistics.inputs, torch.float64, input_scale.device), input_scale, block)
+    hessian = _owned(statistics.inputs, torch.float64, input_scale.device)
+    # Rarely anything is damaged, and a sum says so of a row.
+    whole = bool((torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all())
+    hessian = _rotate(hessian, input_scale, block) if whole else as_coded(hessian, input_scale, block)
     known = decompose(hessian, DAMPINGS)
     drift = None if known is None or statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
     if drift is not None:
@@ -97,6 +100,5 @@ def _without_damage(hessian: torch.Tensor) -> torch.Tensor:
 def _rotate(matrix: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
     """Hd diag(scale) matrix diag(scale) Hd, float64 or float32 [K, K], in place."""
     wide = scale.double()
-    for slab in slabs(len(matrix), len(matrix), _SLAB):
-        matrix[slab] = matrix[slab] * wide * wide[slab, None]
+    matrix.mul_(wide).mul_(wide[:, None])
     return hadamard(hadamard(matrix, block, out=matrix), block, along_outputs=True, out=matrix)
