@@ -155,11 +155,11 @@ class Work:
         """What to encode of each piece and its scale, as in `Prepared`, and the factors of their outputs."""
         bits, block, pieces = self.settings.bits_per_pair, self.blocks[1], prepared.pieces
         reach = max(trellis_code.WIDTHS[bits].table) / trellis_code.WIDTHS[bits].levels_per_sigma
-        rotated, kept = prepared.rotated, []
-        for number, (rows, scale) in enumerate(rotated):
+        rotated = prepared.rotated
+        # Kept to the end: memory must not go back to the stream that allocated it before the GPU has been waited for.
+        before = list(rotated)
+        for number, (rows, scale) in enumerate(before):
             rotated[number] = metric.corrected(rows), scale
-            # Memory that another stream has allocated must not go back to it before all this is done.
-            kept.append(rows)
         clipping = [sums.clips(rows, reach, block, scales.CLIPPING_IGNORED) for rows, _ in rotated]
         # Everything has been sent before anything is waited for.
         factors = prepared.factors.result()
