@@ -23,9 +23,10 @@ from septet.quantize_gpu.rotation import window_levels
 
 __all__ = ["encode", "encode_from_both_ends", "fits", "source_of"]
 
-#: Blocks of a cluster, and threads of a block: 64 windows for each thread, in 96 of its registers.
+#: Blocks of a cluster, and threads of a block by bits per pair. A GPU has registers for 256 with 128 windows each, or for twice as many
+#: with half as many windows: fewer threads shuffle and wait less, but with 6 bits a state does not have windows for enough of them.
 PARTS = 2
-THREADS = 512
+THREADS = {6: 512, 7: 256, 8: 256}
 #: States that a thread has windows of.
 SIDE = 4
 #: How many tiles a cluster may search together, by bits per pair; from one end, and from both.
@@ -102,23 +103,21 @@ def _meetings(device: str, bits: int, count: int) -> torch.Tensor:
 
 def source_of(bits: int, tiles: int, ends: int) -> str:
     """The source of a variant."""
-    macros = {"BITS": bits, "PARTS": PARTS, "THREADS": THREADS, "SIDE": SIDE, "TILES": tiles, "ENDS": ends}
+    macros = {"BITS": bits, "PARTS": PARTS, "THREADS": THREADS[bits], "SIDE": SIDE, "TILES": tiles, "ENDS": ends}
     macros |= {"AROUND": BOUNDARY_STEPS, "FORBIDDEN": FORBIDDEN_COST}
     lines = [f"#define {name} {value}" for name, value in macros.items()]
-    files = [(Path(__file__).parent / name).read_text() for name in ("exchange.cu", "encode.cu")]
+    files = [(Path(__file__).parent / name).read_text() for name in ("exchange.cu", "states.cu", "encode.cu")]
     return "\n".join([*lines, *files])
 
 
 @cache
 def _kernel(device: int, bits: int, tiles: int, ends: int) -> Kernel:
     image = compile_source(source_of(bits, tiles, ends), options_of(device))
-    return load_kernel(image, "encode", _POINTERS, THREADS, _shared_bytes(bits, tiles, ends))
+    return load_kernel(image, "encode", _POINTERS, THREADS[bits], _shared_bytes(bits, tiles, ends))
 
 
 def _shared_bytes(bits: int, tiles: int, ends: int) -> int:
-    """Costs of two steps, weights, two barriers and a boundary for each tile, and the survivors of those that a block traces back."""
-    states, branches = 1 << WINDOW_BITS - bits, 1 << bits
-    # A row of costs for each of the states that share their first bits, as in encode.cu.
-    row = branches + 4 * (SIDE * branches * PARTS * THREADS >> WINDOW_BITS)
-    each = 4 * (2 * (states // branches) * row + PAIRS_PER_TILE) + 2 * 8 + 4
-    return tiles * each + -(-tiles // PARTS) * PAIRS_PER_TILE // ends * states
+    """Costs of three steps, weights, a boundary and a least cost of each tile, what warps find, and survivors of tiles to trace back."""
+    states = 1 << WINDOW_BITS - bits
+    each = 4 * (3 * states + PAIRS_PER_TILE + 2)
+    return tiles * each + THREADS[bits] // 32 * 8 + -(-tiles // PARTS) * PAIRS_PER_TILE // ends * states

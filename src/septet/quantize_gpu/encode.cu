@@ -9,49 +9,33 @@
 // PARTS blocks of THREADS threads search TILES tiles together. A thread keeps its share of the 65536 windows in registers for all steps
 // and tiles: levels, and PLACES times the part of the metric that knows no weights. So a window takes two instructions a step: a dot product
 // of two weights and two levels on top of that part, and the sum with the cost of the state before, of which the least is kept. Costs are
-// kept as PLACES * cost + place, and the place, of the window among those of a state, comes out of the least sum: ties go to the lowest low
-// bits.
+// kept as PLACES * cost + place, and the place, of the window among those of a state that a thread looks at, comes out of the least sum:
+// ties go to the lowest low bits.
 //
-// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low. SHARE neighbouring threads have SIDE
-// states of neighbouring c and the same g, so each cost that a thread reads serves SIDE windows. Of the lows a thread has four neighbours of
-// every 4 * SHARE. Costs go to all blocks, what a state's best low bits are to one block for each tile, which traces back. A row of costs,
-// of one g, is a little longer than its lows, so that threads of other g read other banks.
+// With w = s << BITS | low the new state is s = c * GROUPS + g, and the one before it g << BITS | low: costs are in rows, one for each g. A
+// warp has states of one g, and SHARE neighbouring threads SIDE of them, so that each cost that a thread reads serves SIDE windows. These
+// states, and what a thread reads at once, differ in the first two bits of low, in its row each: see `at`. So a warp sends words that are
+// neighbours, without a shuffle. Costs go to all blocks, what a state's best low bits are to one block for each tile, which traces back.
 //
-// Blocks do not meet after a step. A barrier in each block counts the bytes of costs that come in, one for each tile and buffer, so the
-// costs of one tile travel while the next is computed; and what a thread has found of one tile it shuffles and sends while it looks at the
-// next, since shuffles are waited for. When all have come, every thread has read what they replace a step later. A barrier takes its time
-// for everything it counts, so four costs go together.
+// Nobody waits for a barrier between steps: most of a step would be its latency where a cluster has one tile. Each word of costs says
+// itself whether it is there, by its sign: costs of even steps have TAG added, those of odd steps have it subtracted, which changes no
+// decision. A warp waits until its own row is there, half of which rows are from its own block and there at once. Costs are in BUFFERS
+// buffers in turn. Three are enough: a warp that sends costs after step n + 2 has seen a row of step n + 1, of which each word came from
+// a warp that had seen a row of step n, together all rows, and who sent those had done with step n - 1. And three is odd, so the sign of
+// what a word replaces is another.
 //
-// What blocks and clusters say to each other is in exchange.cu, which comes before this.
+// MIDDLE is subtracted from all metrics, then no cost of SEGMENT steps can be out of range, whatever the inputs: costs lose their least
+// only between segments. Two steps lead from the cheapest state to any other, so costs are within FARTHEST for each step.
 //
-// Macros: BITS, PARTS (2), THREADS (512), SIDE (4), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
+// With several tiles, what a thread has found of one it shuffles and sends while it looks at the next, since shuffles are waited for.
+//
+// What blocks and clusters say to each other is in exchange.cu, where costs are in states.cu; both come before this.
+//
+// Macros: BITS, PARTS (2), THREADS (256 or 512), SIDE (4), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
-constexpr int PAIRS = 128;
-constexpr int STEPS = PAIRS / ENDS;
-constexpr int STEPS_AROUND = 2 * AROUND / ENDS;
-constexpr int STATES = 1 << (16 - BITS);
-constexpr int BRANCHES = 1 << BITS;
-constexpr int GROUPS = 1 << (16 - 2 * BITS);
-constexpr int EACH = 65536 / (PARTS * THREADS);
-constexpr int LOWS = EACH / SIDE;
-constexpr int SHARE = BRANCHES / LOWS;
-constexpr int SETS = 32 / SHARE;
-constexpr int PLACE_BITS = 4;
-constexpr int PLACES = 1 << PLACE_BITS;
-// What a step finds for a state is kept as 2^COST_BITS * cost + low.
-constexpr int COST_BITS = PLACE_BITS + (SHARE == 4 ? 2 : SHARE == 8 ? 3 : 4);
-constexpr int ROW = BRANCHES + 4 * SHARE;
-constexpr int BUFFER = GROUPS * ROW;
-// Of shared memory, in bytes.
-constexpr int COSTS = 0;
-constexpr int WEIGHTS = COSTS + TILES * 2 * BUFFER * 4;
-constexpr int BARRIERS = WEIGHTS + TILES * PAIRS * 4;
-constexpr int BOUNDARIES = BARRIERS + TILES * 2 * 8;
-constexpr int SURVIVORS = BOUNDARIES + TILES * 4;
-
-static_assert(LOWS == PLACES && 1 << COST_BITS == PLACES * SHARE && PARTS == 2 && AROUND % 4 == 0, "no such cut");
-static_assert((long long)FORBIDDEN << COST_BITS <= 1ll << 30, "as much room again for the costs of a path");
-static_assert(GROUPS == 1 || (GROUPS % SETS == 0 && SETS % 4 == 0), "four neighbouring states are in one warp");
+// Of the first four states of each side, how many metrics a thread computes while their costs are on their way: as many as it has registers
+// for. With several tiles nobody waits.
+constexpr int EARLY = TILES > 1 ? 0 : THREADS > 256 ? 2 : 4;
 
 // sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
 __device__ __forceinline__ int dot_low(u32 x, u32 levels, int sum)
@@ -68,54 +52,29 @@ __device__ __forceinline__ int dot_high(u32 x, u32 levels, int sum)
     return result;
 }
 
-__device__ __forceinline__ int square(u32 levels, int byte)
+// The sum of the squares of levels, of those in the mask.
+__device__ __forceinline__ int energy(u32 levels, u32 mask)
 {
-    int level = (int)(levels << (24 - 8 * byte)) >> 24;
-    return level * level;
+    return __dp4a((int)(levels & mask), (int)levels, 0);
 }
 
-// Of low bits among those that a thread looks at.
-__device__ __forceinline__ int place(int low)
+// Levels of neighbouring lows.
+struct alignas(2 * QUADS) Run
 {
-    return low / (4 * SHARE) * 4 + (low & 3);
-}
-
-// Of what is kept of a state: PLACES * cost + place.
-__device__ __forceinline__ int cost_of(int kept)
-{
-    return kept >> PLACE_BITS;
-}
-
-// Where the block that traces a tile back has its survivors.
-__device__ __forceinline__ int survivors_of(int tile)
-{
-    return SURVIVORS + tile / PARTS * STEPS * STATES;
-}
-
-// The number that the other direction has for a state, and for a window.
-__device__ __forceinline__ int reversed_state(int state)
-{
-    return __brev(state) >> (16 + BITS);
-}
-
-__device__ __forceinline__ int reversed_window(int window)
-{
-    return __brev(window) >> 16;
-}
-
-// Where the cost of a state is.
-__device__ __forceinline__ int at(int state)
-{
-    return state / BRANCHES * ROW + state % BRANCHES;
-}
+    u32 words[QUADS / 2];
+};
 
 struct Thread
 {
     u32 levels[EACH / 2];
     int part[EACH];
-    // `first` of four neighbouring states, of which it is to send or to put down what its warp finds.
-    int group, share, direction, first;
-    u32 here, everywhere[PARTS];
+    // `state` is the one of which it knows what its set finds, and says so if it `speaks`.
+    int share, direction, state;
+    bool speaks;
+    // Among costs, in bytes: what it looks at, and what it waits for.
+    u32 reads, awaits;
+    // Addresses of memory: its own, the other block's, and both.
+    u32 here, there, everywhere[PARTS];
 };
 
 // Without a branch: one that shuffles on both sides would be taken by neighbouring threads in turns.
@@ -142,124 +101,147 @@ __device__ __forceinline__ int least_of_sides(const int (&sides)[SIDE], int shar
     return least;
 }
 
-// What a step finds of a tile: for each state of a thread the least cost and the low bits it comes from, of those that the thread looks at.
-__device__ __forceinline__ void look(const Thread& mine, const int* costs, u32 x, int (&best)[SIDE])
+// Whether the sign of one of them is not this, -1 or 0: less than 0.
+__device__ __forceinline__ int strange(const int4& quad, int sign)
 {
-    const int4* from = (const int4*)(costs + mine.group * ROW) + mine.share;
+    return (quad.x ^ sign) | (quad.y ^ sign) | (quad.z ^ sign) | (quad.w ^ sign);
+}
+
+// Until the row of costs is there that a warp needs; each thread looks after a part of it.
+__device__ __forceinline__ void wait_for(u32 row, int sign)
+{
+    int wrong;
+    do
+    {
+        wrong = strange(load(row), sign);
+        if (BRANCHES > 128)
+            wrong |= strange(load(row + 512), sign);
+    } while (__any_sync(0xffffffffu, wrong < 0));
+    __syncwarp();
+}
+
+// What a pair costs with the window of this side and place, without the state before.
+__device__ __forceinline__ int metric(const Thread& mine, u32 x, int side, int place)
+{
+    const int window = side * LOWS + place;
+    return place & 1 ? dot_high(x, mine.levels[window / 2], mine.part[window]) : dot_low(x, mine.levels[window / 2], mine.part[window]);
+}
+
+// What a step finds of a tile: for each state of a thread the least cost and the low bits it comes from, of those that the thread looks at.
+// The first EARLY metrics of each side are known.
+__device__ __forceinline__ void look(const Thread& mine, u32 from, u32 x, const int (&early)[4][SIDE], int (&best)[SIDE])
+{
 #pragma unroll
     for (int side = 0; side < SIDE; side++)
         best[side] = 0x7fffffff;
 #pragma unroll
-    for (int four = 0; four < LOWS / 4; four++)
+    for (int quad = 0; quad < QUADS; quad++)
     {
-        const int4 cost = from[four * SHARE];
+        const int4 four = load(from + mine.reads + quad * SHARE * 16);
+        // An array: with choices by ?: the loop over tiles was too long to be unrolled, so that 448 tiles took 1.17 times as long.
+        const int costs[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int side = 0; side < SIDE; side++)
-        {
-            const u32* levels = mine.levels + (side * LOWS + 4 * four) / 2;
-            const int* part = mine.part + side * LOWS + 4 * four;
-            best[side] = min(best[side], dot_low(x, levels[0], part[0]) + cost.x);
-            best[side] = min(best[side], dot_high(x, levels[0], part[1]) + cost.y);
-            best[side] = min(best[side], dot_low(x, levels[1], part[2]) + cost.z);
-            best[side] = min(best[side], dot_high(x, levels[1], part[3]) + cost.w);
-        }
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int side = 0; side < SIDE; side++)
+            {
+                const int more = quad == 0 && i < EARLY ? early[i][side] : metric(mine, x, side, i * QUADS + quad);
+                best[side] = min(best[side], more + costs[i]);
+            }
     }
 }
 
-// Steps from pair `begin` on. Costs begin and end in the first of the two buffers; all barriers have completed an even number of phases.
+// Steps of a segment, from `first_step` of the search that begins with pair `begin`; all costs have come when it returns.
 template <bool survivors>
-__device__ __forceinline__ void search(const Thread& mine, u8* memory, int begin, int steps)
+__device__ __forceinline__ void segment(const Thread& mine, u8* memory, int begin, int first_step, int steps)
 {
-    // SHARE threads know the results of four neighbouring states, and each does something else with them: those of one c and four sets, or,
-    // where there is one g, of one set.
-    const int lane = threadIdx.x % 32, set = lane / SHARE, role = mine.share, first_place = place(mine.first & (BRANCHES - 1));
-    const int lane_of_first = GROUPS == 1 ? set * SHARE : set / 4 * 4 * SHARE + set % 4 * (SHARE / SIDE);
-    constexpr int lanes_between = GROUPS == 1 ? SHARE / SIDE : SHARE;
+    const int own_place = place(mine.state % BRANCHES), own = at(mine.state) * 4;
     int best[SIDE] = {};
-    const auto pass_on = [&](int tile, int step, bool real) {
-        const int old = step & 1, incoming = BARRIERS + (tile * 2 + (old ^ 1)) * 8;
-        const int* costs = (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER;
+    int now = 0, next = 1;
+    const auto pass_on = [&](int tile, int step, int into, bool real) {
         int sides[SIDE];
-        // The lower two bits of the place are those of low, the share comes between them and the others.
+        // The share comes between the first two bits of low and its last ones, and the tag goes.
 #pragma unroll
         for (int side = 0; side < SIDE; side++)
-            sides[side] = best[side] * SHARE + mine.share * 4 - (best[side] & 3) * (SHARE - 1);
+            sides[side] = (int)((u32)best[side] * SHARE + mine.share * QUADS - (best[side] & (QUADS - 1)) * (SHARE - 1));
         const int least = least_of_sides(sides, mine.share);
-        // What is subtracted from all costs changes no decision.
-        const int zero = cost_of(costs[0]);
-        int values[4];
-        u32 lows = 0;
-#pragma unroll
-        for (int next = 0; next < 4; next++)
-        {
-            const int found = __shfl_sync(0xffffffffu, least, lane_of_first + next * lanes_between);
-            values[next] = ((found >> COST_BITS) - zero) * PLACES + first_place + next;
-            lows |= (u32)(found & (BRANCHES - 1)) << 8 * next;
-        }
-        const int to = COSTS + ((tile * 2 + (old ^ 1)) * BUFFER + at(mine.first)) * 4;
-        const u32 block = choose(role == 0, mine.everywhere[0], mine.everywhere[PARTS - 1]);
-        send(role < PARTS && real, block + to, values, block + incoming);
+        const int word = (least >> BITS) * PLACES + (own_place + (step & 1 ? TAG : -TAG));
+        const u32 to = COSTS + (tile * BUFFERS + into) * STATES * 4 + own;
+        send(mine.speaks && real, mine.there + to, word);
+        keep(mine.speaks && real, mine.here + to, word);
         if (survivors)
-            put(role == PARTS && real, mine.everywhere[tile % PARTS] + survivors_of(tile) + step * STATES + mine.first, lows);
+        {
+            const u32 tracer = tile % PARTS == 0 ? mine.everywhere[0] : mine.everywhere[1];
+            send_byte(mine.speaks && real, tracer + survivors_of(tile) + (first_step + step) * STATES + mine.state, least & (BRANCHES - 1));
+        }
     };
     // Of several tiles each is passed on with the next one's turn; before the first step there is none.
     for (int step = 0; step < steps; step++)
     {
-        const int pair = (begin + mine.direction * step) & (PAIRS - 1), old = step & 1;
+        const int pair = (begin + mine.direction * (first_step + step)) & (PAIRS - 1);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
         {
-            if (threadIdx.x == 0)
-                expect(mine.here + BARRIERS + (tile * 2 + (old ^ 1)) * 8, STATES * 4);
-            if (step > 0)
-                wait(mine.here + BARRIERS + (tile * 2 + old) * 8, (step - 1) / 2 & 1);
-            if (TILES > 1)
-                pass_on((tile + TILES - 1) % TILES, tile > 0 ? step : step - 1, tile > 0 || step > 0);
             const u32 x = *(const u32*)(memory + WEIGHTS + (tile * PAIRS + pair) * 4);
-            look(mine, (const int*)(memory + COSTS) + (tile * 2 + old) * BUFFER, x, best);
+            const u32 costs = mine.here + COSTS + (tile * BUFFERS + now) * STATES * 4;
+            int early[4][SIDE];
+#pragma unroll
+            for (int i = 0; i < EARLY; i++)
+#pragma unroll
+                for (int side = 0; side < SIDE; side++)
+                    early[i][side] = metric(mine, x, side, i * QUADS);
+            wait_for(costs + mine.awaits, -(step & 1));
+            if (TILES > 1)
+                pass_on(tile > 0 ? tile - 1 : TILES - 1, tile > 0 ? step : step - 1, tile > 0 ? next : now, tile > 0 || step > 0);
+            look(mine, costs, x, early, best);
             if (TILES == 1)
-                pass_on(tile, step, true);
+                pass_on(tile, step, next, true);
         }
+        now = next;
+        next = next == BUFFERS - 1 ? 0 : next + 1;
     }
     if (TILES > 1)
-        pass_on(TILES - 1, steps - 1, true);
-    for (int tile = 0; tile < TILES; tile++)
-        wait(mine.here + BARRIERS + tile * 2 * 8, (steps - 1) / 2 & 1);
+        pass_on(TILES - 1, steps - 1, now, true);
     meet();
 }
 
-// The cheapest of all states, ties: the lowest, of which `cost` knows the costs; by one warp.
+// Before a segment: its first costs, and in the other buffers words whose sign is not that of what will come.
 template <class Cost>
-__device__ __forceinline__ int cheapest(const Cost& cost)
+__device__ __forceinline__ void prepare(u8* memory, const Cost& cost)
 {
-    long long best = 0x7fffffffffffffffll;
-    for (int state = threadIdx.x % 32; state < STATES; state += 32)
-        best = min(best, ((long long)cost(state) << 16) | state);
-    for (int distance = 1; distance < 32; distance *= 2)
-        best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
-    return (int)(best & 0xffff);
+    for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
+    {
+        const int tile = index / STATES, state = index % STATES;
+        int* const words = (int*)(memory + COSTS) + tile * BUFFERS * STATES + at(state);
+        words[0] = cost(tile, state) * PLACES + place(state % BRANCHES) + TAG;
+        words[STATES] = 0;
+        words[2 * STATES] = -1;
+    }
+    meet();
 }
 
-// The state after pair 127 of the best path around the tile's boundary; by one warp of the block that has the survivors.
-__device__ __forceinline__ int boundary_state(const u8* memory, int tile)
+// A search from prepared costs on; returns how many steps its last segment had.
+template <bool survivors>
+__device__ __forceinline__ int search(const Thread& mine, u8* memory, int begin, int steps)
 {
-    const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
-    int state = cheapest([&](int s) { return cost_of(costs[at(s)]); });
-    for (int step = 2 * AROUND - 1; step >= AROUND; step--)
-        state = ((state << BITS) | memory[survivors_of(tile) + step * STATES + state]) & (STATES - 1);
-    return state;
-}
-
-// The state in which the best path goes from one cluster's pairs to the other's; by one warp of both. `meeting` has room for the costs that
-// both send, int [2, STATES], by the numbers that the states have forward.
-__device__ __forceinline__ int meeting_state(const u8* memory, int tile, int* meeting, int end)
-{
-    const int* costs = (const int*)(memory + COSTS) + tile * 2 * BUFFER;
-    const auto own = [&](int s) { return cost_of(costs[at(end ? reversed_state(s) : s)]); };
-    for (int state = threadIdx.x % 32; state < STATES; state += 32)
-        hand_over(meeting + end * STATES + state, own(state));
-    const int state = cheapest([&](int s) { return own(s) + receive(meeting + (1 - end) * STATES + s); });
-    return end ? reversed_state(state) : state;
+    const int each = min(steps, SEGMENT);
+    segment<survivors>(mine, memory, begin, 0, each);
+    for (int step = each; step < steps; step += each)
+    {
+        const auto cost = [&](int tile, int state) { return cost_of(costs_after(memory, tile, each)[at(state)]); };
+        int* const leasts = (int*)(memory + LEASTS);
+        for (int tile = threadIdx.x / 32; tile < TILES; tile += WARPS)
+        {
+            int least = 0x7fffffff;
+            for (int state = threadIdx.x % 32; state < STATES; state += 32)
+                least = min(least, cost(tile, state));
+            leasts[tile] = __reduce_min_sync(0xffffffffu, least);
+        }
+        __syncthreads();
+        prepare(memory, [&](int tile, int state) { return cost(tile, state) - leasts[tile]; });
+        segment<survivors>(mine, memory, begin, step, each);
+    }
+    return each;
 }
 
 // fixed: [tiles, 256]. levels: [ENDS, 65536, 2], for ENDS = 2 forward and backward. windows: [tiles, 128]. meetings: for ENDS = 2 [tiles, 2,
@@ -273,39 +255,40 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     const int cluster = blockIdx.x / PARTS, end = cluster % ENDS, first = cluster / ENDS * TILES;
 
     Thread mine;
-    // Sets of threads, each with SIDE states of its own, through all blocks.
-    const int number = (rank * THREADS + threadIdx.x) / SHARE, in_warp = number % SETS, first_number = number - in_warp;
-    mine.share = threadIdx.x % SHARE;
-    mine.group = number % GROUPS;
-    const int lowest = number / GROUPS * SIDE * GROUPS + mine.group;
-    mine.first = GROUPS == 1 ? lowest : (first_number / GROUPS * SIDE + in_warp % 4) * GROUPS + first_number % GROUPS + in_warp / 4 * 4;
+    // A set of SHARE threads has the SIDE states of one g that differ in the first two bits of their low; a warp has SETS of one g.
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int WARPS_EACH = WARPS / GROUPS;
+    const int group = warp / WARPS_EACH, set = (rank * WARPS_EACH + warp % WARPS_EACH) * SETS + lane / SHARE;
+    mine.share = lane % SHARE;
+    const int lowest = set / (APART / GROUPS) * BRANCHES + set % (APART / GROUPS) * GROUPS + group;
+    mine.state = lowest + mine.share / (SHARE / SIDE) * APART;
+    mine.speaks = mine.share % (SHARE / SIDE) == 0;
+    mine.reads = group * BRANCHES * 4 + mine.share * 16;
+    mine.awaits = group * BRANCHES * 4 + lane % APART * 16;
+    // Or the compiler would compute these anew in each step.
+    asm volatile("" : "+r"(mine.reads), "+r"(mine.awaits), "+r"(mine.share));
     mine.direction = end ? -1 : 1;
 #pragma unroll
-    for (int four = 0; four < EACH / 4; four++)
+    for (int run = 0; run < SIDE * 4; run++)
     {
-        const int side = four / (LOWS / 4), low = four % (LOWS / 4) * 4 * SHARE + mine.share * 4;
-        const int window = end * 65536 + (lowest + side * GROUPS) * BRANCHES + low;
-        const uint2 pairs = *(const uint2*)(levels + 2 * window);
-        mine.levels[2 * four] = pairs.x;
-        mine.levels[2 * four + 1] = pairs.y;
-        mine.part[4 * four] = 2 * PLACES * (square(pairs.x, 0) + square(pairs.x, 1));
-        mine.part[4 * four + 1] = 2 * PLACES * (square(pairs.x, 2) + square(pairs.x, 3));
-        mine.part[4 * four + 2] = 2 * PLACES * (square(pairs.y, 0) + square(pairs.y, 1));
-        mine.part[4 * four + 3] = 2 * PLACES * (square(pairs.y, 2) + square(pairs.y, 3));
+        const int window = end * 65536 + (lowest + run / 4 * APART) * BRANCHES + run % 4 * APART + mine.share * QUADS;
+        const Run its = *(const Run*)(levels + 2 * window);
+#pragma unroll
+        for (int word = 0; word < QUADS / 2; word++)
+        {
+            mine.levels[run * QUADS / 2 + word] = its.words[word];
+            mine.part[run * QUADS + 2 * word] = PLACES * (2 * energy(its.words[word], 0xffff) - MIDDLE);
+            mine.part[run * QUADS + 2 * word + 1] = PLACES * (2 * energy(its.words[word], 0xffff0000) - MIDDLE);
+        }
     }
     mine.here = (u32)__cvta_generic_to_shared(memory);
 #pragma unroll
     for (int block = 0; block < PARTS; block++)
         mine.everywhere[block] = address_in(mine.here, block);
-    if (threadIdx.x == 0)
-    {
-        for (int barrier = 0; barrier < TILES * 2; barrier++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(mine.here + BARRIERS + barrier * 8) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    // A warp traces a tile back, in a block of its own as far as there are enough.
-    const int traced = rank + threadIdx.x / 32 * PARTS;
-    const bool real = traced < TILES && first + traced < tiles;
+    mine.there = address_in(mine.here, 1 - rank);
+    // A gang of warps traces a tile back, in a block of its own as far as there are enough.
+    const int gang = warp / GANG, traced = rank + gang * PARTS;
+    const bool leads = warp % GANG == 0 && traced < TILES, real = traced < TILES && first + traced < tiles;
     int* const meeting = meetings + (long long)(first + traced) * 4 * STATES;
 
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
@@ -316,35 +299,21 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         const u32 x0 = tile < tiles ? (u32)(-PLACES * pair[0]) : 0, x1 = tile < tiles ? (u32)(-PLACES * pair[1]) : 0;
         *(u32*)(memory + WEIGHTS + index * 4) = (x0 & 0xffff) | (x1 << 16);
     }
-    for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
-        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(index % STATES)] = place(index % STATES & (BRANCHES - 1));
-    __syncthreads();
-    meet();
-    search<ENDS == 1>(mine, memory, end ? AROUND - 1 : PAIRS - AROUND, STEPS_AROUND);
-    if (traced < TILES)
-    {
-        int state = 0;
-        if (real)
-            state = ENDS == 1 ? boundary_state(memory, traced) : meeting_state(memory, traced, meeting, end);
-        if (threadIdx.x % 32 < PARTS)
-            put(true, address_in(mine.here, threadIdx.x % 32) + BOUNDARIES + traced * 4, state);
-    }
-    meet();
-    for (int index = threadIdx.x; index < TILES * STATES; index += THREADS)
-    {
-        const int state = index % STATES, boundary = ((const int*)(memory + BOUNDARIES))[index / STATES];
-        const int cost = state == boundary ? 0 : FORBIDDEN;
-        ((int*)(memory + COSTS))[index / STATES * 2 * BUFFER + at(state)] = cost * PLACES + place(state & (BRANCHES - 1));
-    }
-    __syncthreads();
-    meet();
-    search<true>(mine, memory, end ? PAIRS - 1 : 0, STEPS);
-    if (!real)
-        return;
-    int state = ((const int*)(memory + BOUNDARIES))[traced];
-    if (ENDS == 2)
-        state = meeting_state(memory, traced, meeting + 2 * STATES, end);
-    if (threadIdx.x % 32 != 0)
+    if (threadIdx.x < TILES)
+        ((int*)(memory + BOUNDARIES))[threadIdx.x] = UNKNOWN;
+    prepare(memory, [](int, int) { return 0; });
+    int steps = search<ENDS == 1>(mine, memory, end ? AROUND - 1 : PAIRS - AROUND, STEPS_AROUND);
+    const int known = min(traced, TILES - 1);
+    const int boundary = ENDS == 1 ? boundary_state(memory, known, steps) : meeting_state(memory, known, meeting, end, steps, real);
+    if (leads && lane < PARTS)
+        send(true, address_in(mine.here, lane) + BOUNDARIES + traced * 4, boundary);
+    for (int tile = 0; tile < TILES; tile++)
+        wait_for(mine.here + BOUNDARIES + tile * 4);
+    const int* boundaries = (const int*)(memory + BOUNDARIES);
+    prepare(memory, [&](int tile, int state) { return state == boundaries[tile] ? 0 : FORBIDDEN; });
+    steps = search<true>(mine, memory, end ? PAIRS - 1 : 0, STEPS);
+    int state = ENDS == 1 ? boundaries[known] : meeting_state(memory, known, meeting + 2 * STATES, end, steps, real);
+    if (!real || !leads || lane != 0)
         return;
     for (int step = STEPS - 1; step >= 0; step--)
     {

@@ -10,33 +10,43 @@ __device__ __forceinline__ u32 address_in(u32 local, u32 block)
     return there;
 }
 
-// These two say nothing about other memory, so that the compiler can do something else in between, and are no branches.
-__device__ __forceinline__ void put(bool when, u32 there, int value)
+// Words of costs say themselves that they are there, so stores and loads of them are relaxed. These three say nothing about other memory, so
+// that the compiler can do something else in between, and are no branches.
+__device__ __forceinline__ void send(bool when, u32 there, int word)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.shared::cluster.u32 [%0], %1;\n}" ::"r"(there), "r"(value), "r"((int)when));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.relaxed.cluster.shared::cluster.s32 [%0], %1;\n}" ::"r"(there), "r"(word),
+                 "r"((int)when));
 }
 
-// Four costs for another block, counted by a barrier there.
-__device__ __forceinline__ void send(bool when, u32 there, const int (&costs)[4], u32 barrier)
+__device__ __forceinline__ void keep(bool when, u32 here, int word)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %6, 0;\n"
-                 "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];\n}" ::"r"(there),
-                 "r"(costs[0]), "r"(costs[1]), "r"(costs[2]), "r"(costs[3]), "r"(barrier), "r"((int)when));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.relaxed.cluster.shared::cta.s32 [%0], %1;\n}" ::"r"(here), "r"(word),
+                 "r"((int)when));
 }
 
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes)
+__device__ __forceinline__ void send_byte(bool when, u32 there, int byte)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.shared::cluster.u8 [%0], %1;\n}" ::"r"(there), "r"(byte), "r"((int)when));
 }
 
-__device__ __forceinline__ void wait(u32 barrier, u32 parity)
+__device__ __forceinline__ int4 load(u32 here)
 {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
+    int4 quad;
+    asm volatile("ld.relaxed.cluster.shared::cta.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(quad.x), "=r"(quad.y), "=r"(quad.z), "=r"(quad.w)
+                 : "r"(here));
+    return quad;
+}
+
+// Until a word is sent, which is not UNKNOWN.
+constexpr int UNKNOWN = -1;
+
+__device__ __forceinline__ void wait_for(u32 here)
+{
+    int word;
+    do
+        asm volatile("ld.relaxed.cluster.shared::cta.s32 %0, [%1];" : "=r"(word) : "r"(here) : "memory");
+    while (word == UNKNOWN);
 }
 
 __device__ __forceinline__ void meet()
@@ -52,12 +62,22 @@ __device__ __forceinline__ void hand_over(int* there, int cost)
     asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(there), "r"(cost) : "memory");
 }
 
-__device__ __forceinline__ int receive(int* here)
+// Costs that are so many words apart.
+template <int count, int apart>
+__device__ __forceinline__ void receive(int* here, int (&costs)[count])
 {
-    int cost;
+    bool all;
     do
-        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(cost) : "l"(here) : "memory");
-    while (cost == EMPTY);
-    hand_over(here, EMPTY);
-    return cost;
+    {
+        all = true;
+#pragma unroll
+        for (int i = 0; i < count; i++)
+        {
+            asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(costs[i]) : "l"(here + i * apart) : "memory");
+            all = all && costs[i] != EMPTY;
+        }
+    } while (!all);
+#pragma unroll
+    for (int i = 0; i < count; i++)
+        hand_over(here + i * apart, EMPTY);
 }
