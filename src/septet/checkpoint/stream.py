@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from septet.checkpoint.widths import choose_widths
 from septet.checkpoint.workspace import Workspace, writing
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
 from septet.model import LayerPlan
-from septet.quantize.executors import short_turns
 
 __all__ = ["Hooks", "Progress", "quantize_checkpoint"]
 
@@ -74,7 +72,7 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
         return _check_existing(source, out, options, resume)
     made_from = {"septet_version": __version__, "options": options.as_json(), "source": _identify(source)}
     workspace = Workspace(out, made_from | {"changed": _change_times(source)}, resume)
-    with closing(workspace), short_turns() if hooks.quantizer is not None else nullcontext():
+    try:
         if workspace.was_complete(made_from):
             workspace.finish()
             return True
@@ -84,6 +82,8 @@ def quantize_checkpoint(source: Path, out: Path, options: QuantizeOptions, hooks
         layers = choose_widths(directory, layers, options, calibration)
         fill(Run(workspace, directory, options, threads, hooks.progress, calibration, hooks.quantizer), layers, made_from)
         workspace.finish()
+    finally:
+        workspace.close()
     hooks.progress(Progress("finish", out.name))
     return True
 
