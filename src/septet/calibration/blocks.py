@@ -71,7 +71,7 @@ class Chain:
         blocks: its blocks, at most the first one of them runs here.
         windows: int64 [windows, tokens].
         machine: where it runs.
-        times: so many times as many tokens together on a GPU as where there are gradients.
+        times: a GPU computes so many times `_TOKENS_TOGETHER` at a time; without gradients there is room for more.
 
     Attributes:
         windows: what is computed at a time: int64 [tokens] each; on a GPU a few together, [windows, tokens].

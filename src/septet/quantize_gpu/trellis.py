@@ -1,8 +1,8 @@
 """Quantizing the tensors of a fused group on GPUs: the steps of `quantize.trellis`, on large pieces of the tensors.
 
-Scales and the factorization are found on one GPU, scales beside what the group's statistics take. Then rows are dealt out to all of them
-in pieces that do not depend on how many there are. Memory: the Hessian of the group's inputs in float64, their drift in float32, and about
-20 bytes for each of the group's weights.
+Scales and the factorization are found on one GPU, scales beside what the group's statistics take. Rows are dealt out to all GPUs in pieces
+that do not depend on how many there are, and prepared while the statistics are still summed up. Memory: the Hessian of the group's inputs
+in float64, their drift in float32, and about 20 bytes for each of the group's weights.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ def _quantize(
         there_scale = torch.from_numpy(input_scale).to(device)
     work = Work(settings, names, there, wanted, there_scale, (input_block, output_block), packed, device)
     pieces = _pieces(there, known, output_block)
-    # Rows are prepared beside what the statistics have been given to do, which nobody has waited for.
+    # Beside what the statistics have given the GPUs to do, which nobody has waited for.
     shares = share(work, pieces, settings.helpers)
     metric = input_metric(found, there_scale, input_block)
     if known is not None and metric.known is None:
+        # The inputs are of no use, so rows are rounded plainly.
         pieces = _pieces(there, None, output_block)
         shares = share(work, pieces, settings.helpers)
     coded = run(shares, metric)
