@@ -29,28 +29,14 @@
 //
 // With several tiles, what a thread has found of one it shuffles and sends while it looks at the next, since shuffles are waited for.
 //
-// What blocks and clusters say to each other is in exchange.cu, where costs are in states.cu; both come before this.
+// What blocks and clusters say to each other is in exchange.cu, with all that C++ has no words for; where costs are in states.cu. Both come
+// before this, and tests/emulated_gpu.h says the same as the first for a processor.
 //
 // Macros: BITS, PARTS (2), THREADS (256 or 512), SIDE (4), TILES, ENDS, AROUND (a multiple of 4), FORBIDDEN.
 
 // Of the first four states of each side, how many metrics a thread computes while their costs are on their way: as many as it has registers
 // for. With several tiles nobody waits.
 constexpr int EARLY = TILES > 1 ? 0 : THREADS > 256 ? 2 : 4;
-
-// sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
-__device__ __forceinline__ int dot_low(u32 x, u32 levels, int sum)
-{
-    int result;
-    asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
-    return result;
-}
-
-__device__ __forceinline__ int dot_high(u32 x, u32 levels, int sum)
-{
-    int result;
-    asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
-    return result;
-}
 
 // The sum of the squares of levels, of those in the mask.
 __device__ __forceinline__ int energy(u32 levels, u32 mask)
@@ -76,14 +62,6 @@ struct Thread
     // Addresses of memory: its own, the other block's, and both.
     u32 here, there, everywhere[PARTS];
 };
-
-// Without a branch: one that shuffles on both sides would be taken by neighbouring threads in turns.
-__device__ __forceinline__ int choose(bool first, int a, int b)
-{
-    int result;
-    asm("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\nselp.s32 %0, %1, %2, p;\n}" : "=r"(result) : "r"(a), "r"(b), "r"((int)first));
-    return result;
-}
 
 // The least of all SHARE threads for each of their SIDE states: for side i in the threads whose share is in part i of SIDE.
 __device__ __forceinline__ int least_of_sides(const int (&sides)[SIDE], int share)
@@ -250,8 +228,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     encode(const short* fixed, const signed char* levels, int* windows, int* meetings, int tiles)
 {
     extern __shared__ __align__(16) u8 memory[];
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    const u32 rank = block_in_cluster();
     const int cluster = blockIdx.x / PARTS, end = cluster % ENDS, first = cluster / ENDS * TILES;
 
     Thread mine;
@@ -265,8 +242,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     mine.speaks = mine.share % (SHARE / SIDE) == 0;
     mine.reads = group * BRANCHES * 4 + mine.share * 16;
     mine.awaits = group * BRANCHES * 4 + lane % APART * 16;
-    // Or the compiler would compute these anew in each step.
-    asm volatile("" : "+r"(mine.reads), "+r"(mine.awaits), "+r"(mine.share));
+    keep_known(mine.reads, mine.awaits, mine.share);
     mine.direction = end ? -1 : 1;
 #pragma unroll
     for (int run = 0; run < SIDE * 4; run++)
@@ -281,7 +257,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
             mine.part[run * QUADS + 2 * word + 1] = PLACES * (2 * energy(its.words[word], 0xffff0000) - MIDDLE);
         }
     }
-    mine.here = (u32)__cvta_generic_to_shared(memory);
+    mine.here = address_of(memory);
 #pragma unroll
     for (int block = 0; block < PARTS; block++)
         mine.everywhere[block] = address_in(mine.here, block);
@@ -291,7 +267,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     const bool leads = warp % GANG == 0 && traced < TILES, real = traced < TILES && first + traced < tiles;
     int* const meeting = meetings + (long long)(first + traced) * 4 * STATES;
 
-    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+    follow();
     for (int index = threadIdx.x; index < TILES * PAIRS; index += THREADS)
     {
         const int tile = first + index / PAIRS;

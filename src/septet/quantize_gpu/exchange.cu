@@ -1,7 +1,54 @@
-// What blocks of a cluster, and clusters, tell each other while they encode: see encode.cu, which follows.
+// What blocks of a cluster, and clusters, tell each other while they encode, and what else C++ has no words for: see encode.cu, which follows.
 
 typedef unsigned int u32;
 typedef unsigned char u8;
+
+// sum + x.lo * levels[0 or 2] + x.hi * levels[1 or 3]
+__device__ __forceinline__ int dot_low(u32 x, u32 levels, int sum)
+{
+    int result;
+    asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
+    return result;
+}
+
+__device__ __forceinline__ int dot_high(u32 x, u32 levels, int sum)
+{
+    int result;
+    asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(levels), "r"(sum));
+    return result;
+}
+
+// Without a branch: one that shuffles on both sides would be taken by neighbouring threads in turns.
+__device__ __forceinline__ int choose(bool first, int a, int b)
+{
+    int result;
+    asm("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\nselp.s32 %0, %1, %2, p;\n}" : "=r"(result) : "r"(a), "r"(b), "r"((int)first));
+    return result;
+}
+
+// Says that the compiler does not know these, or it would compute them anew in each step.
+__device__ __forceinline__ void keep_known(u32& first, u32& second, int& third)
+{
+    asm volatile("" : "+r"(first), "+r"(second), "+r"(third));
+}
+
+// Waits for the kernel before, and lets the next one start.
+__device__ __forceinline__ void follow()
+{
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 block_in_cluster()
+{
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ u32 address_of(const u8* memory)
+{
+    return (u32)__cvta_generic_to_shared(memory);
+}
 
 __device__ __forceinline__ u32 address_in(u32 local, u32 block)
 {
