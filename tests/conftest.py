@@ -55,15 +55,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"{EXPECT_VARIABLE}={','.join(wanted)}, but here are {','.join(found)} {why or ''}", returncode=1)
 
 
-def pytest_report_header() -> str:
-    """Name what the run covers."""
-    return f"septet backends: {', '.join(covered_backends())}"
+def demanded() -> str:
+    """What this run demands, in words."""
+    return f"{EXPECT_VARIABLE} demands: {', '.join(sorted(os.environ.get(EXPECT_VARIABLE, 'nothing').split(',')))}"
+
+
+def pytest_report_header() -> list[str]:
+    """Name what the run must cover, and what it does."""
+    return [demanded(), f"septet backends: {', '.join(covered_backends())}"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name it again where a reader looks."""
     covered = covered_backends()
-    terminalreporter.write_line(f"{EXPECT_VARIABLE} demands: {', '.join(sorted(os.environ.get(EXPECT_VARIABLE, 'nothing').split(',')))}")
+    terminalreporter.write_line(demanded())
     terminalreporter.write_line(f"septet backends covered: {', '.join(covered)}")
     absent = [name for name in (*FRAMEWORKS, *needs.TOOLCHAINS, *needs.COMPILERS, *needs.GPUS) if name not in covered]
     terminalreporter.write_line(f"not here, so their tests are skipped: {', '.join(absent) or 'nothing'}")
@@ -94,8 +99,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     hidden 64, intermediate 192, 4 heads, 2 key-value heads, vocabulary 260, tied embeddings. Treat it as read-only.
     """
-    torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-    transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+    import torch
+    import transformers
+
     path = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

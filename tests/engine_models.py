@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet import model  # noqa: E402
-from septet.checkpoint import QuantizeOptions  # noqa: E402
-from septet.checkpoint.stream import Hooks, quantize_checkpoint  # noqa: E402
-from septet.loading import load_model, plan_checkpoint  # noqa: E402
+from septet import model
+from septet.checkpoint import QuantizeOptions
+from septet.checkpoint.stream import Hooks, quantize_checkpoint
+from septet.loading import load_model, plan_checkpoint
 
 VOCABULARY, POSITIONS = 203, 640
 _SIZES = {

@@ -12,8 +12,6 @@ import pytest
 from septet.kernels import fortran_library, select_backend
 from variants import chosen, variants
 
-pytest.importorskip("septet.kernels.native", reason="needs the native extension; make test builds it and SEPTET_EXPECT_BACKENDS demands it")
-
 #: Every build that compiled kernels have here: (backend, instruction set or compiler).
 BUILDS = [(backend, variant) for backend in ("native", "fortran") for variant in variants(backend)]
 SETS = variants("native")

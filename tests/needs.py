@@ -1,6 +1,7 @@
 """What some tests need and not every machine has, by the names with which SEPTET_EXPECT_BACKENDS demands it (tools/expected_backends.py).
 
-`make test`, which is what CI runs, demands each of them where the machine has it. So a test is skipped only where it cannot run.
+`make test`, which is what CI runs, demands each of them where the machine has it. So a test is skipped only where it cannot run, and its
+reason comes from here. What make test installs everywhere, torch and the like, tests import: without it a run fails.
 """
 
 from __future__ import annotations

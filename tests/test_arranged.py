@@ -152,7 +152,6 @@ def test_the_order_is_the_documented_one(rng: np.random.Generator, name: str) ->
 
 
 def test_an_engine_keeps_its_set(tmp_path: Path, rng: np.random.Generator) -> None:
-    pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     import engine_models
     from septet.engine import Engine
 

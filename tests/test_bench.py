@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from command import assert_error, quantized, septet, septet_json  # noqa: F401
-from septet.kernels import select_backend
-from variants import variants
-
-pytest.importorskip("septet.kernels.native", reason="needs the native extension; make test builds it and SEPTET_EXPECT_BACKENDS demands it")
 from septet.bench.kernels import KernelCase, measure_kernels
 from septet.bench.models import Contender, worker_environment
+from septet.kernels import select_backend
+from variants import variants
 
 # ruff: noqa: F811 (fixtures are imported names)
 
@@ -54,7 +52,6 @@ def _padding(row: dict) -> float:
 
 
 def test_model_rows(quantized: dict[str, Path]) -> None:
-    pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     options = ["--prefill", 20, "--decode", 3, "--rounds", 2, "--threads", "1"]
     rows = septet_json("bench", "model", quantized["trellis"], *options)["rows"]
     assert [row["engine"] for row in rows] == ["native", "transformers"]
@@ -66,7 +63,6 @@ def test_model_rows(quantized: dict[str, Path]) -> None:
 
 def test_llama_cpp_gets_files_of_the_same_sizes(quantized: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without running it, which is a matter of the library that happens to be installed."""
-    pytest.importorskip("gguf", reason="needs septet[gguf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
     asked: list[list[tuple[str, str, int]]] = []
 
     def measure(contenders: list, *others: object) -> list[dict]:

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet.calibration import Calibrator, Machine, Sensitivity, measure, sample_windows  # noqa: E402
-from septet.checkpoint import QuantizeOptions  # noqa: E402
-from septet.cli.device import in_host_memory  # noqa: E402
-from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
-from septet.loading import load_model  # noqa: E402
-from septet.model import LayerPlan, plan  # noqa: E402
-from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
+from septet.calibration import Calibrator, Machine, Sensitivity, measure, sample_windows
+from septet.checkpoint import QuantizeOptions
+from septet.cli.device import in_host_memory
+from septet.errors import OptionError, UnsupportedModelError
+from septet.loading import load_model
+from septet.model import LayerPlan, plan
+from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis
 
 START = 256
 #: Models are treated as on a GPU: blocks are brought and taken away, several windows are computed together, sums are torch's own.

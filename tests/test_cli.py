@@ -14,7 +14,6 @@ from septet import kernels
 from septet.errors import OptionError
 from septet.quantize.threads import default_threads
 
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 # ruff: noqa: F811 (fixtures are imported names)
 
 

@@ -14,7 +14,6 @@ from septet.checkpoint.stream import Hooks, quantize_checkpoint
 from septet.errors import OptionError
 from septet.loading import load_model, plan_checkpoint
 
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 # ruff: noqa: F811 (fixtures are imported names)
 
 

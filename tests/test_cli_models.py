@@ -10,7 +10,6 @@ import pytest
 
 from command import PROMPT, assert_error, broken, flip_last_byte, quantized, septet, septet_json, septet_process, text_file  # noqa: F401
 
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 # ruff: noqa: F811 (fixtures are imported names)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-from needs import needs, skip_module_without  # noqa: E402
+from needs import needs, skip_module_without
 
 skip_module_without("cuda", "test_gpu_engine.py tests what can be tested without")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-from needs import skip_module_without  # noqa: E402
+from needs import skip_module_without
 
 skip_module_without("hopper", "test_gpu.py compiles these kernels without")
 

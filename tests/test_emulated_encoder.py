@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
 from needs import program
 from septet.codes import trellis, trellis_search
 from septet.quantize_gpu import clusters

@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tolerances
-from septet.errors import OptionError
-
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
 import engine_models
+import tolerances
 from native_cases import SETS, native
 from septet.engine import Engine, Sampling
 from septet.engine.engine import CACHES
+from septet.errors import OptionError
 from septet.loading import load_model
 
 CODES = {

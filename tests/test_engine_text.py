@@ -9,16 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import engine_models
 from command import PROMPT, assert_error, broken, quantized, septet, septet_json, septet_process  # noqa: F401
+from septet import generate
+from septet.engine import Engine, Tokenizer
 from septet.engine.sampling import Sampler, Sampling
 from septet.engine.shape import _windows
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
-
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-import engine_models
-from septet import generate
-from septet.engine import Engine, Tokenizer
 from septet.loading import load_tokenizer
 
 # ruff: noqa: F811 (fixtures are imported names)
@@ -57,7 +54,7 @@ def test_draws_have_the_probabilities() -> None:
 
 
 def test_the_penalty_is_that_of_transformers() -> None:
-    torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+    import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
     logits = np.array([1.0, 0.9, -2.0, 0.5], np.float32)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from septet.errors import CheckpointError, OptionError, UnsupportedModelError
-
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet.evaluation import cut_windows, evaluate, score_models  # noqa: E402
-from septet.evaluation.divergence import divergence  # noqa: E402
-from septet.evaluation.perplexity import mean_with_error, perplexity, token_nll  # noqa: E402
-from septet.loading import load_model, load_tokenizer  # noqa: E402
-from tolerances import FLOAT32_DIFFERENCE, FLOAT32_MEAN, SPREAD_OF_400  # noqa: E402
+from septet.evaluation import cut_windows, evaluate, score_models
+from septet.evaluation.divergence import divergence
+from septet.evaluation.perplexity import mean_with_error, perplexity, token_nll
+from septet.loading import load_model, load_tokenizer
+from tolerances import FLOAT32_DIFFERENCE, FLOAT32_MEAN, SPREAD_OF_400
 
 TEXT = "Two neighbouring weights share seven bits, and no bit is idle. " * 12
 CONTEXT = 64

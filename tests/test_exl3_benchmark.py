@@ -6,17 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from safetensors.torch import save_file  # noqa: E402
-
-from small_models import load, save  # noqa: E402
+from small_models import load, save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import exl3  # noqa: E402
+import exl3
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied"])

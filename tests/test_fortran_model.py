@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fortran_build import COMMANDS, compile_objects, link
 from needs import reason
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
 if not COMMANDS:
     pytest.skip(reason("fortran", "the kernels of septet in C++ are tested without"), allow_module_level=True)
 
-import small_models  # noqa: E402
-import tolerances  # noqa: E402
-from command import assert_error, flip_last_byte, quantized, septet  # noqa: E402, F401
-from septet.generate import Sampling, generate_tokens  # noqa: E402
-from septet.loading import load_model, load_tokenizer  # noqa: E402
+import small_models
+import tolerances
+from command import assert_error, flip_last_byte, quantized, septet  # noqa: F401
+from septet.generate import Sampling, generate_tokens
+from septet.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 IDS = [83, 101, 118, 101, 110, 32, 98, 105, 116, 115]
@@ -104,7 +104,8 @@ def test_text_goes_through_the_exported_tokenizer(program: Path, quantized: dict
 
 def test_words_and_merges_are_those_of_the_original(program: Path, quantized: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     """A BPE of 260 tokens, trained on SPEC.md: its lines, and texts with every kind of character side by side, give the same tokens."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+    import tokenizers
+
     spec = (ROOT / "SPEC.md").read_text(encoding="ascii", errors="ignore")
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

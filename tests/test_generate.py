@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from septet import generate
+from septet.engine.tokenizer import Pieces
 from septet.errors import CheckpointError, OptionError
-
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet import generate  # noqa: E402
-from septet.engine.tokenizer import Pieces  # noqa: E402
-from septet.generate import Sampling  # noqa: E402
+from septet.generate import Sampling
 
 PROMPT = "Seven bits"
 

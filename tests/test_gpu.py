@@ -12,16 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-import fused  # noqa: E402
-from cuda_layout import same_layout  # noqa: E402
-from needs import needs  # noqa: E402
-from septet.codes.tile import tile_bytes  # noqa: E402
-from septet.gpu import compiled, driver, many  # noqa: E402
-from septet.gpu.layout import arrange, units_of  # noqa: E402
-from septet.gpu.shares import shares  # noqa: E402
+import fused
+from cuda_layout import same_layout
+from needs import needs
+from septet.codes.tile import tile_bytes
+from septet.gpu import compiled, driver, many
+from septet.gpu.layout import arrange, units_of
+from septet.gpu.shares import shares
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("80", "90", "120")

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet.calibration import Sensitivity  # noqa: E402
-from septet.calibration.kept import load_array, save_array  # noqa: E402
-from septet.errors import CheckpointError  # noqa: E402
+from septet.calibration import Sensitivity
+from septet.calibration.kept import load_array, save_array
+from septet.errors import CheckpointError
 
 
 def test_a_damaged_array_is_refused(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from septet.layer import SeptetEmbedding, SeptetLinear  # noqa: E402
-from septet.quantize import dequantize, quantize_int8, quantize_split, quantize_trellis  # noqa: E402
+from septet.errors import CheckpointError, UnsupportedModelError
+from septet.layer import SeptetEmbedding, SeptetLinear
+from septet.quantize import dequantize, quantize_int8, quantize_split, quantize_trellis
 
 QUANTIZERS = {
     "trellis": lambda weight: quantize_trellis([weight], ["x"])[0],

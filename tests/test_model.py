@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from torch import nn  # noqa: E402
-
-from septet.checkpoint import QuantizeOptions  # noqa: E402
-from septet.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from septet.layer import SeptetLinear  # noqa: E402
-from septet.model import Runtime, install, plan, replace_modules, restore_modules, septet_modules  # noqa: E402
-from septet.model.groups import group_key  # noqa: E402
-from septet.quantize import quantize_int8, quantize_trellis  # noqa: E402
+from septet.checkpoint import QuantizeOptions
+from septet.errors import CheckpointError, UnsupportedModelError
+from septet.layer import SeptetLinear
+from septet.model import Runtime, install, plan, replace_modules, restore_modules, septet_modules
+from septet.model.groups import group_key
+from septet.quantize import quantize_int8, quantize_trellis
 
 
 class Expert(nn.Module):

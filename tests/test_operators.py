@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from layers import int8_layer, split_layer, trellis_layer  # noqa: E402
-from septet import operators  # noqa: E402
-from septet.errors import CodeRangeError, OptionError, ShapeError  # noqa: E402
-from septet.kernels import LayerWeights, reference, select_backend  # noqa: E402
-from septet.operators import LayerDescription, prepared  # noqa: E402
-from septet.operators.library import common_gpu  # noqa: E402
+from layers import int8_layer, split_layer, trellis_layer
+from septet import operators
+from septet.errors import CodeRangeError, OptionError, ShapeError
+from septet.kernels import LayerWeights, reference, select_backend
+from septet.operators import LayerDescription, prepared
+from septet.operators.library import common_gpu
 
 LAYERS = {
     "trellis": lambda rng: trellis_layer(rng, 7, 100, 36, (4, 4)),

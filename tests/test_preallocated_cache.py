@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from septet.calibration.preallocated_cache import preallocate  # noqa: E402
-from septet.loading import load_model  # noqa: E402
+from septet.calibration.preallocated_cache import preallocate
+from septet.loading import load_model
 
 TOKENS = 12
 

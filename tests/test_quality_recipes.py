@@ -7,17 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import dither_model  # noqa: E402
-import quality_ggml  # noqa: E402
-import quality_recipes  # noqa: E402
+import dither_model
+import quality_ggml
+import quality_recipes
 
-from needs import reason  # noqa: E402
+from needs import reason
 
 INPUTS = 192
 #: More than this is damage, not rounding: three bits without feedback lose a quarter of a Gaussian.

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-import checkpoints  # noqa: E402
-from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of  # noqa: E402
-from needs import needs  # noqa: E402
-from septet import quantize_gpu  # noqa: E402
-from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file  # noqa: E402
-from septet.errors import CheckpointError, OptionError  # noqa: E402
-from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis  # noqa: E402
-from septet.quantize.factorization import Factor, factorize  # noqa: E402
-from septet.quantize.feedback import Sheet, encode_sheets  # noqa: E402
-from septet.quantize.statistics import OUTPUT_DAMPINGS, corrected, input_metric, output_factor  # noqa: E402
-from septet.quantize_gpu import factorization, feedback, uploads  # noqa: E402
-from septet.quantize_gpu import statistics as on_gpu  # noqa: E402
-from septet.quantize_gpu.outputs import OutputFactors  # noqa: E402
+import checkpoints
+from group_cases import NAMES, assert_same, correlated, encoder, known_of, settings, weights_of
+from needs import needs
+from septet import quantize_gpu
+from septet.checkpoint.tensor_file import StoredMatrix, open_tensor_file
+from septet.errors import CheckpointError, OptionError
+from septet.quantize import GroupStatistics, QuantizedTensor, dequantize, quantize_trellis
+from septet.quantize.factorization import Factor, factorize
+from septet.quantize.feedback import Sheet, encode_sheets
+from septet.quantize.statistics import OUTPUT_DAMPINGS, corrected, input_metric, output_factor
+from septet.quantize_gpu import factorization, feedback, uploads
+from septet.quantize_gpu import statistics as on_gpu
+from septet.quantize_gpu.outputs import OutputFactors
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bits"), [(70, [100, 36], 7), (64, [64, 192], 6), (128, [33], 8)])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from torch import nn  # noqa: E402
-
-from septet.calibration.remembered import Remembered  # noqa: E402
+from septet.calibration.remembered import Remembered
 
 LAYERS = frozenset({"first.a", "first.b", "second"})
 

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-import test_calibration  # noqa: E402
-from cuda_layout import same_layout  # noqa: E402
-from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of  # noqa: E402
-from needs import needs, reason  # noqa: E402
-from septet import quantize_gpu  # noqa: E402
-from septet.calibration import Machine  # noqa: E402
-from septet.checkpoint import QuantizeOptions  # noqa: E402
-from septet.codes import trellis, trellis_search  # noqa: E402
-from septet.errors import OptionError  # noqa: E402
-from septet.model import plan  # noqa: E402
-from septet.quantize_gpu import factorization, feedback  # noqa: E402
+import test_calibration
+from cuda_layout import same_layout
+from group_cases import NAMES, assert_same, correlated, known_of, settings, weights_of
+from needs import needs, reason
+from septet import quantize_gpu
+from septet.calibration import Machine
+from septet.checkpoint import QuantizeOptions
+from septet.codes import trellis, trellis_search
+from septet.errors import OptionError
+from septet.model import plan
+from septet.quantize_gpu import factorization, feedback
 
 
 @pytest.mark.parametrize("knows", [True, False])

@@ -14,11 +14,9 @@ import pytest
 from septet.bench.synthetic import SHAPES, Shape, write_synthetic
 from septet.checkpoint.directory import open_directory
 from septet.checkpoint.tensor_file import DTYPE_BYTES
+from septet.engine import Engine
 from septet.engine.shape import read_shape
 from septet.errors import CheckpointError, OptionError
-
-pytest.importorskip("septet.kernels.native", reason="needs the native extension; make test builds it and SEPTET_EXPECT_BACKENDS demands it")
-from septet.engine import Engine
 
 SMALL = Shape(256, 2, 512, 8, 2, 32, 384, True)
 HEADS = ["int8", "trellis"]
@@ -53,7 +51,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "IQ3_S"])
 @pytest.mark.parametrize("pure", [True, False])
 def test_files_for_llama_cpp_have_the_same_sizes(kind: str, pure: bool, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="needs septet[gguf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
+    import gguf
+
     from septet.bench.gguf_files import files_like
 
     write_synthetic(SMALL, tmp_path / "model", "trellis" if pure else "int8")

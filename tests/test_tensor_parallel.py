@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-import septet  # noqa: E402
-from septet.integrations.huggingface import SeptetConfig  # noqa: E402
+import septet
+from septet.integrations.huggingface import SeptetConfig
 
 # The mesh of the model keeps torch's gloo groups alive after destroy_process_group. One of their threads that still holds a tensor when the
 # interpreter ends aborts the process (torch 2.13, without septet too: github.com/pytorch/pytorch/pull/179291), so a rank ends without that.

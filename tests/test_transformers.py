@@ -11,20 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from safetensors.torch import load_file  # noqa: E402
-
-import septet  # noqa: E402
-from septet import loading, model  # noqa: E402
-from septet.checkpoint import QuantizeOptions, verify  # noqa: E402
-from septet.checkpoint.stream import Hooks, quantize_checkpoint  # noqa: E402
-from septet.errors import OptionError, UnsupportedModelError  # noqa: E402
-from septet.integrations.huggingface import SeptetConfig  # noqa: E402
-from septet.layer import SeptetEmbedding, SeptetLinear  # noqa: E402
-from small_models import FAMILIES, build, load, logits, save  # noqa: E402
+import septet
+from septet import loading, model
+from septet.checkpoint import QuantizeOptions, verify
+from septet.checkpoint.stream import Hooks, quantize_checkpoint
+from septet.errors import OptionError, UnsupportedModelError
+from septet.integrations.huggingface import SeptetConfig
+from septet.layer import SeptetEmbedding, SeptetLinear
+from small_models import FAMILIES, build, load, logits, save
 
 #: T5 ties four modules, and its config cannot say otherwise.
 CASES = [(family, head) for family in FAMILIES for head in ("int8", "trellis", "keep") if (family, head) != ("t5", "trellis")]

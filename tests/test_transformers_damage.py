@@ -7,16 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-transformers = pytest.importorskip("transformers", reason="needs septet[hf]: make test installs it, SEPTET_EXPECT_BACKENDS demands it")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from septet.checkpoint import crc32_text  # noqa: E402
-from septet.errors import CheckpointError, SeptetError, SpecVersionError, UnsupportedModelError  # noqa: E402
-from septet.integrations.huggingface import SeptetConfig  # noqa: E402
-from small_models import load, logits, save  # noqa: E402
+from septet.checkpoint import crc32_text
+from septet.errors import CheckpointError, SeptetError, SpecVersionError, UnsupportedModelError
+from septet.integrations.huggingface import SeptetConfig
+from small_models import load, logits, save
 
 LAYER = "model.layers.0.self_attn.q_proj"
 

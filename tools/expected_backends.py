@@ -1,8 +1,8 @@
 """Print the backends and instruction sets that must work on this machine, for SEPTET_EXPECT_BACKENDS.
 
-The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. torch and
-transformers are always expected, because `make test` installs them, cuda, two-gpus and hopper where torch is built for CUDA and the machine
-has such GPUs, and the packages of OPTIONAL where they are installed.
+The answer comes from the machine, not from septet: a build that lost a backend would otherwise test less and look green. What `make test`
+always installs is always expected; cuda, two-gpus and hopper where torch is built for CUDA and the machine has such GPUs, and the packages
+of OPTIONAL where they are installed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+#: What `make test` builds and installs everywhere, or ends with an error: tests import it, none is skipped for want of it.
+ALWAYS = ("reference", "native", "scalar", "torch", "transformers", "gguf")
 #: Packages without which tests are skipped: name of the backend -> how their names begin (NVRTC's may end in CUDA's version).
-OPTIONAL = {"gguf": "gguf", "triton": "triton", "nvrtc": "nvidia-cuda-nvrtc", "llama-cpp": "llama-cpp-python"}
-
-
+OPTIONAL = {"triton": "triton", "nvrtc": "nvidia-cuda-nvrtc", "llama-cpp": "llama-cpp-python"}
 #: Programs that tests run, each by any of its names: they are installed by make test where it may.
 PROGRAMS = {
     "emulated-neon": [("aarch64-linux-gnu-g++",), ("qemu-aarch64-static", "qemu-aarch64")],
@@ -79,5 +79,4 @@ def optional_backends() -> list[str]:
 if __name__ == "__main__":
     flags = cpu_flags()
     sets = [name for name, needed in REQUIRED_FLAGS.items() if needed <= flags]
-    others = [*fortran_backends(), *toolchains(), "torch", "transformers", *gpu_backends(), *optional_backends()]
-    print(",".join(["reference", "native", "scalar", *sets, *others]))
+    print(",".join([*ALWAYS, *sets, *fortran_backends(), *toolchains(), *gpu_backends(), *optional_backends()]))
