@@ -107,13 +107,17 @@ def test_no_broad_except_no_star_import_no_leftovers(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in PYTHON_FILES if path.parent == ROOT / "tests"], ids=name_of)
 def test_skips_give_the_reason_that_names_what_is_demanded(path: Path) -> None:
     """One from tests/needs.py; nothing is skipped because a package is missing, and no failure is expected."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    for call in calls:
-        name = ast.unparse(call.func).removeprefix("pytest.").removeprefix("mark.")
-        assert name not in {"importorskip", "xfail"}, f"line {call.lineno}: {name}"
-        if name in {"skip", "skipif"}:
-            given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "reason")]
-            assert any(ast.unparse(one).startswith("reason(") for one in given), f"line {call.lineno}: {name} without needs.reason"
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    reasoned = set()
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "reason")]
+        if any(ast.unparse(one).startswith("reason(") for one in given):
+            reasoned.add(ast.unparse(call.func) + str(call.func.lineno))
+    for node in (node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pytest.")):
+        where = f"line {node.lineno}: {ast.unparse(node)}"
+        assert node.attr not in {"importorskip", "xfail"}, where
+        if node.attr in {"skip", "skipif"}:
+            assert ast.unparse(node) + str(node.lineno) in reasoned, f"{where} without needs.reason"
 
 
 def test_tree_in_architecture_is_the_disk() -> None:

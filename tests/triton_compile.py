@@ -21,7 +21,7 @@ _DENSE = {
     "weights": "*i8", "x": "*i8", "x_scale": "*fp32", "row_scale": "*fp32", "y": "*fp32", "inputs": "i32", "outputs": "i32",
     "tokens": "i32", "segments": "i32", "x_stride": "i32", "weight_stride": "i32", "y_stride": "i32",
 }  # fmt: skip
-_TURNED = {"matrix": "*fp32", "out": "*fp32", "others": "i32", "other_step": "i32", "step": "i32"}
+_HADAMARD = {"matrix": "*fp32", "out": "*fp32", "others": "i32", "other_step": "i32", "step": "i32"}
 
 
 def variants() -> list[tuple[str, object, dict, dict]]:
@@ -30,14 +30,14 @@ def variants() -> list[tuple[str, object, dict, dict]]:
     trellis = {"BITS": 7, "MULTIPLIER": WIDTHS[7].multiplier, "SPLIT": False, "OFFSET": False, "FLOAT": False} | sizes
     dense = {"ROW_SCALE": True, "FLOAT": False, "SEGMENTED": False, "OUTPUTS": 64, "TOKENS": 16, "INPUTS": 128, "GROUP": 8}
     many = {"OUTPUTS": 128, "TOKENS": 128}
-    turned = {"BLOCK": 256, "STAGES": 8, "TOGETHER": 32, "SCALE": 1 / 16}
+    hadamard = {"BLOCK": 256, "STAGES": 8, "TOGETHER": 32, "SCALE": 1 / 16}
     wide = {"matrix": "*fp64", "out": "*fp64"}
     return [
         ("trellis", kernels.packed_product, _PACKED, trellis),
         ("trellis, float", kernels.packed_product, _PACKED | {"x": "*fp32"}, trellis | {"FLOAT": True}),
         ("split", kernels.packed_product, _PACKED, trellis | {"SPLIT": True, "OFFSET": True}),
-        ("rotation along inputs", quantizing._turn_blocks, _TURNED, turned | {"step": 1}),
-        ("rotation along outputs, wide", quantizing._turn_blocks, _TURNED | wide, turned | {"other_step": 1, "TOGETHER": 16}),
+        ("rotation along inputs", quantizing._hadamard_blocks, _HADAMARD, hadamard | {"step": 1}),
+        ("rotation along outputs, wide", quantizing._hadamard_blocks, _HADAMARD | wide, hadamard | {"other_step": 1, "TOGETHER": 16}),
         ("dense", kernels.dense_product, _DENSE, dense),
         ("dense, many tokens", kernels.dense_product, _DENSE, dense | {"ROW_SCALE": False, "SEGMENTED": True} | many),
     ]

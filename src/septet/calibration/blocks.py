@@ -71,7 +71,6 @@ class Chain:
         blocks: its blocks, at most the first one of them runs here.
         windows: int64 [windows, tokens].
         machine: where it runs.
-        times: a GPU computes so many times `_TOKENS_TOGETHER` at a time; without gradients there is room for more.
 
     Attributes:
         windows: what is computed at a time: int64 [tokens] each; on a GPU a few together, [windows, tokens].
@@ -82,7 +81,7 @@ class Chain:
         UnsupportedModelError: the blocks are no plain chain, or depend on more than the hidden state.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: torch.Tensor, machine: Machine, times: int = 1) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: torch.Tensor, machine: Machine) -> None:
         self._model, self._blocks, self._real, self._machine = model, blocks, list(blocks), machine
         self._local = threading.local()
         self._rest: tuple | None = None
@@ -102,9 +101,9 @@ class Chain:
                     raise UnsupportedModelError("blocks to calibrate must depend on the hidden state alone", got, _HINT)
         self.windows = list(windows)
         if machine.is_gpu:
-            count = max(1, times * _TOKENS_TOGETHER // windows.shape[1])
-            self.windows = list(windows.split(count))
-            self.hidden = [torch.stack(self.hidden[start : start + count]) for start in range(0, len(windows), count)]
+            together = max(1, _TOKENS_TOGETHER // windows.shape[1])
+            self.windows = list(windows.split(together))
+            self.hidden = [torch.stack(self.hidden[start : start + together]) for start in range(0, len(windows), together)]
 
     def block_output(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
         """What a block makes of one item of `hidden`: the same shape, where the block is; `hidden` may be anywhere.

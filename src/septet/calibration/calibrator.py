@@ -166,7 +166,7 @@ class Calibrator:
         block = self._blocks[self._current + 1]
         with bringing(block, self._machine.device) if self._machine.is_gpu else nullcontext():
             if self._chain is None:
-                self._chain = Chain(self._model, self._blocks, self._windows, self._machine, times=2)
+                self._chain = Chain(self._model, self._blocks, self._windows, self._machine)
                 self._hidden = self._chain.hidden
                 self._original = self._hidden
             else:

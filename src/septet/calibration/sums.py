@@ -86,16 +86,12 @@ class ProductSum:
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add tokens, float32 [tokens, K] each, on any GPU."""
         # All copies are sent before any sum: a GPU gives away what it has in the order of its work.
-        there = {}
-        for device in [device for device, panels in self._panels.items() if panels]:
-            right_there = right.to(device)
-            there[device] = right_there if left is right else left.to(device), right_there
-        for device, (left_there, right_there) in there.items():
-            dtype = self._matrix.dtype
-            right_wide = right_there.to(dtype)
-            left_wide = right_wide if left is right else left_there.to(dtype)
+        sides = (right,) if left is right else (left, right)
+        there = {device: [side.to(device) for side in sides] for device, panels in self._panels.items() if panels}
+        for device, sides in there.items():
+            wide = [side.to(self._matrix.dtype) for side in sides]
             for rows, columns, part in self._panels[device]:
-                part.addmm_(left_wide[:, rows].T, right_wide[:, columns])
+                part.addmm_(wide[0][:, rows].T, wide[-1][:, columns])
 
     def total(self) -> torch.Tensor:
         """The sum, [K, K] on the first GPU; it is used up."""

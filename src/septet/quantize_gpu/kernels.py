@@ -23,7 +23,7 @@ from septet.codes import trellis
 from septet.codes.tile import PAIRS_PER_TILE
 from septet.codes.trellis_search import BOUNDARY_STEPS, FORBIDDEN_COST
 
-__all__ = ["MOST_BYTES_TURNED", "encode", "hadamard", "search", "sum_columns"]
+__all__ = ["MOST_BLOCK_BYTES", "encode", "hadamard", "search", "sum_columns"]
 
 #: Tiles that an H100 searches at the same time when each has a multiprocessor of its own. Then a program has many warps, otherwise few, and
 #: several programs share a multiprocessor: (warps, windows that a program looks at together).
@@ -33,7 +33,7 @@ _FOR_MANY = 4, 4096
 #: Tiles of one launch; survivors take 64 KB of each at 7 bits per pair.
 _TILES_AT_ONCE = 4096
 #: Of a Hadamard block, at most: what a program has in its registers, with as many neighbours as there is room for.
-MOST_BYTES_TURNED = 1 << 15
+MOST_BLOCK_BYTES = 1 << 15
 
 
 def encode(fixed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool, out: torch.T
 
     Args:
         matrix: float32 or float64 [N, K], contiguous, on a GPU.
-        block: a power of two, at least 2, that divides the side it goes along; of at most `MOST_BYTES_TURNED` bytes.
+        block: a power of two, at least 2, that divides the side it goes along; of at most `MOST_BLOCK_BYTES` bytes.
         along_outputs: along N instead of K.
         out: like `matrix`, or itself.
 
@@ -109,10 +109,11 @@ def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool, out: torch.T
     outputs, inputs = matrix.shape
     others, groups = (inputs, outputs // block) if along_outputs else (outputs, inputs // block)
     steps = (1, inputs) if along_outputs else (inputs, 1)
-    together = max(1, MOST_BYTES_TURNED // (block * matrix.itemsize))
-    grid = -(-others // together), groups
-    scale = 1 / math.sqrt(block)
-    _turn_blocks[grid](matrix, out, others, *steps, BLOCK=block, STAGES=block.bit_length() - 1, TOGETHER=together, SCALE=scale, num_warps=8)
+    together = max(1, MOST_BLOCK_BYTES // (block * matrix.itemsize))
+    scale, stages = 1 / math.sqrt(block), block.bit_length() - 1
+    # One axis: a second one ends at 65535, which a vocabulary in blocks of two can pass.
+    grid = (-(-others // together) * groups,)
+    _hadamard_blocks[grid](matrix, out, others, *steps, BLOCK=block, STAGES=stages, TOGETHER=together, SCALE=scale, num_warps=8)
     return out
 
 
@@ -204,12 +205,13 @@ def _add_in_order(values, result, length, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _turn_blocks(
+def _hadamard_blocks(
     matrix, out, others, other_step, step, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, SCALE: tl.constexpr
 ):
     """A Hadamard block of several neighbours: sums and differences at distances 1, 2, 4, ..., then one multiplication."""
-    other = tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
-    along = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    across = tl.cdiv(others, TOGETHER)
+    other = (tl.program_id(0) % across).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
+    along = (tl.program_id(0) // across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     place = other[:, None] * other_step + along[None, :] * step
     there = other[:, None] < others
     values = tl.load(matrix + place, mask=there, other=0.0)

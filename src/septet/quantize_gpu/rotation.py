@@ -35,7 +35,7 @@ def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool = False, out:
     if matrix.is_cuda and block > 1:
         from septet.quantize_gpu import kernels
 
-        if block * matrix.itemsize <= kernels.MOST_BYTES_TURNED:
+        if block * matrix.itemsize <= kernels.MOST_BLOCK_BYTES:
             return kernels.hadamard(matrix.contiguous(), block, along_outputs, out)
     if out is not matrix or block > 1:
         out.copy_(_butterflies(matrix.T, block).T if along_outputs else _butterflies(matrix, block))
