@@ -67,7 +67,7 @@ def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
     """And the Hessian is still there afterwards."""
     hessian, tiles = correlated(170, 7), np.arange(170) // 4
     known = factorize(hessian)
-    metric = on_gpu.input_metric(GroupStatistics(hessian), torch.ones(170), 1)
+    metric = on_gpu.coded_inputs(GroupStatistics(hessian), torch.ones(170), 1).metric()
     made = metric.known.factor(4)
     assert made.shift == known.shift
     below = np.where(tiles[:, None] > tiles, made.coefficients.numpy(), 0)
@@ -79,7 +79,7 @@ def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
 def test_targets_for_moved_inputs_are_those_of_the_processor(panel: None) -> None:
     statistics, scale = known_of(160, [64]), np.linspace(-1, 2, 160, dtype=np.float32) + 0.01
     rows = np.random.default_rng(2).standard_normal((9, 160)).astype(np.float32)
-    made = on_gpu.input_metric(statistics, torch.from_numpy(scale), 32).corrected(torch.from_numpy(rows))
+    made = on_gpu.coded_inputs(statistics, torch.from_numpy(scale), 32).metric().corrected(torch.from_numpy(rows))
     expected = corrected(rows, input_metric(statistics, scale, 32))
     assert np.abs(expected - rows).max() > 0.1
     assert np.allclose(made.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -19,6 +19,7 @@ from torch import nn
 from septet.calibration.workers import Machine, at_work
 from septet.errors import UnsupportedModelError
 from septet.model import LayerPlan
+from septet.quantize_gpu.devices import to_host
 
 __all__ = ["Arguments", "Chain", "find_blocks", "hidden_of", "same_arguments"]
 
@@ -115,17 +116,19 @@ class Chain:
         """
         device = self._machine.device if block is None else next(block.parameters()).device
         arguments, block = self.arguments[index], self._blocks[index] if block is None else block
-        there = hidden.reshape(-1, *hidden.shape[-2:]).to(device)
+        there = hidden.reshape(-1, *hidden.shape[-2:]).to(device, non_blocking=True)
         return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
 
-    def settled(self, state: torch.Tensor, sets: int = _SETS) -> torch.Tensor:
+    def settled(self, state: torch.Tensor, sets: int | None = None) -> torch.Tensor:
         """A hidden state, or its gradient, where it waits: where it is, or in the host's memory.
 
         Args:
             state: of some windows.
-            sets: so many states of all windows must have room on the GPUs.
+            sets: so many states of all windows wait; None: a few, for which the host has page-locked memory.
         """
-        return state if self._machine.is_gpu and sets * self._set_bytes <= _MOST_BYTES_ON_GPUS else state.to("cpu")
+        if self._machine.is_gpu and (sets or _SETS) * self._set_bytes <= _MOST_BYTES_ON_GPUS:
+            return state
+        return to_host(state) if sets is None else state.to("cpu")
 
     @contextmanager
     def recorders(self) -> Iterator[None]:

@@ -128,7 +128,7 @@ class _Step:
 
         def work(item: tuple[int, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
             seen.calls, device = [], self._machine.device_of(item[0])
-            state, gradient = (tensor.detach().to(device) for tensor in item[1:])
+            state, gradient = (tensor.detach().to(device, non_blocking=True) for tensor in item[1:])
             state.requires_grad_(True)
             output = self._chain.block_output(self._index, state, self._copies[device])
             wanted = [state, *(call[2] for call in seen.calls)]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import TypeVar
 
 import torch
 
-__all__ = ["aside", "beside", "in_turn", "on_devices", "to_host"]
+__all__ = ["aside", "beside", "in_turn", "on_devices", "on_side_streams", "to_host", "wait_for_side_stream"]
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
@@ -31,9 +31,9 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
 
     if len(calls) == 1:
         return [_here(*calls[0])]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        futures = [pool.submit(_quietly, *call) for call in calls]
-        return [future.result() for future in futures]
+    futures = [_thread_of(call[0]).submit(_quietly, *call) for call in calls]
+    wait(futures)
+    return [future.result() for future in futures]
 
 
 def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[list[_Result]]:
@@ -52,13 +52,14 @@ def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Seq
             yield [_here(devices[0], work, item)]
         return
     rounds = [items[start : start + len(devices)] for start in range(0, len(items), len(devices))]
-    with ExitStack() as threads:
-        pools = [threads.enter_context(ThreadPoolExecutor(1)) for _ in devices]
-        under_way: deque[list[Future[_Result]]] = deque()
+    under_way: deque[list[Future[_Result]]] = deque()
+    try:
         for part in [*rounds, []]:
-            under_way.append([pool.submit(_quietly, device, work, item) for pool, device, item in zip(pools, devices, part)])
+            under_way.append([_thread_of(device).submit(_quietly, device, work, item) for device, item in zip(devices, part)])
             if len(under_way) > 1:
                 yield [future.result() for future in under_way.popleft()]
+    finally:
+        wait([future for futures in under_way for future in futures])
 
 
 def _here(device: str, work: Callable[[_Item], _Result], item: _Item) -> _Result:
@@ -107,18 +108,37 @@ def aside(*devices: str) -> Iterator[None]:
 
     Nothing inside may need anything that is under way. What is allocated inside must be kept until the GPU has been waited for.
     """
-    gpus = [device for device in devices if device.startswith("cuda")]
-    with ExitStack() as streams:
-        for gpu in gpus:
-            streams.enter_context(torch.cuda.stream(_side_stream(gpu)))
+    with on_side_streams(*devices):
         yield
-    for gpu in gpus:
-        torch.cuda.current_stream(gpu).wait_stream(_side_stream(gpu))
+    for device in devices:
+        wait_for_side_stream(device)
+
+
+@contextmanager
+def on_side_streams(*devices: str) -> Iterator[None]:
+    """`aside`, but what is sent later waits only after `wait_for_side_stream`."""
+    with ExitStack() as streams:
+        for device in devices:
+            if device.startswith("cuda"):
+                streams.enter_context(torch.cuda.stream(_side_stream(device)))
+        yield
+
+
+def wait_for_side_stream(device: str) -> None:
+    """Let what is sent to a device later wait for what its side stream was given; nothing on a processor."""
+    if device.startswith("cuda"):
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 @cache
 def _side_stream(device: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@cache
+def _thread_of(device: str) -> ThreadPoolExecutor:
+    """One for all that is ever shared: a new thread takes milliseconds before it has told a GPU anything."""
+    return ThreadPoolExecutor(1)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ while there is work to send: many of its kernels are small.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -90,13 +91,17 @@ class Prepared:
 
     Args:
         pieces: some.
+        weights: of each, float32 [n, K].
         rotated: of each its weights in standard deviations, float32 [n, K], and the rounded scale they belong to, float16 [n].
         factors: of their outputs.
+        moved: of some, by number, `moved_by` of the drift and what is rotated, once that is known.
     """
 
     pieces: list[Piece]
+    weights: list[torch.Tensor]
     rotated: list[tuple[torch.Tensor, np.ndarray]]
     factors: OutputFactors
+    moved: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +134,9 @@ class Work:
 
     def prepare(self, pieces: list[Piece]) -> Prepared:
         """What can be done before the inputs are known; it is only sent to the GPU."""
-        rotated = [self._rotate(piece) for piece in pieces]
-        return Prepared(pieces, rotated, self._output_factors(pieces, [scale for _, scale in rotated]))
+        weights = [self.weights[piece.tensor][piece.rows].to(self.device) for piece in pieces]
+        rotated = [self._rotate(piece, weight) for piece, weight in zip(pieces, weights)]
+        return Prepared(pieces, weights, rotated, self._output_factors(pieces, [scale for _, scale in rotated]))
 
     def run(self, prepared: Prepared, metric: InputMetric) -> list[Coded]:
         """Quantize pieces.
@@ -139,7 +145,7 @@ class Work:
             prepared: the pieces; rotated weights are used up.
             metric: what is known of the inputs, on the device; used up.
         """
-        bits, pieces = self.settings.bits_per_pair, prepared.pieces
+        bits = self.settings.bits_per_pair
         encoder = self.settings.encoder or _kernel(self.device, feedback=metric.known is not None)
         rotated, factors = self._corrected(prepared, metric)
         metric.drift = None
@@ -149,7 +155,7 @@ class Work:
             sheets = [Sheet(rows, factor) for (rows, _), factor in zip(rotated, factors)]
             encoded = encode_sheets(sheets, metric.known.factor(TILE_INPUTS), bits, encoder)
             metric.known.hessian()
-        return self._finished(pieces, rotated, encoded, metric)
+        return self._finished(prepared, encoded, metric)
 
     def _corrected(self, prepared: Prepared, metric: InputMetric) -> tuple[list[tuple[torch.Tensor, np.ndarray]], list[Factor | None]]:
         """What to encode of each piece and its scale, as in `Prepared`, and the factors of their outputs."""
@@ -159,18 +165,21 @@ class Work:
         # Kept to the end: memory must not go back to the stream that allocated it before the GPU has been waited for.
         before = list(rotated)
         for number, (rows, scale) in enumerate(before):
-            rotated[number] = metric.corrected(rows), scale
+            rotated[number] = metric.corrected(rows, prepared.moved.get(number)), scale
         clipping = [sums.clips(rows, reach, block, scales.CLIPPING_IGNORED) for rows, _ in rotated]
         # Everything has been sent before anything is waited for.
         factors = prepared.factors.result()
-        for number in torch.stack(clipping).nonzero().flatten().tolist():
-            rows, scale = self._rotate(pieces[number], scales.headroom(rotated[number][0].cpu().numpy(), bits, block))
+        clipped = torch.stack(clipping).nonzero().flatten().tolist()
+        prepared.moved.clear()
+        for number in clipped:
+            headroom = scales.headroom(rotated[number][0].cpu().numpy(), bits, block)
+            rows, scale = self._rotate(pieces[number], prepared.weights[number], headroom)
             rotated[number] = metric.corrected(rows), scale
             factors[number] = self._output_factors([pieces[number]], [scale]).result()[0]
         return rotated, factors
 
-    def _rotate(self, piece: Piece, headroom: np.ndarray | float = 1.0) -> tuple[torch.Tensor, np.ndarray]:
-        weight, wanted = self.weights[piece.tensor][piece.rows].to(self.device), self.wanted[piece.tensor][piece.rows] * headroom
+    def _rotate(self, piece: Piece, weight: torch.Tensor, headroom: np.ndarray | float = 1.0) -> tuple[torch.Tensor, np.ndarray]:
+        wanted = self.wanted[piece.tensor][piece.rows] * headroom
         per_sigma = trellis_code.WIDTHS[self.settings.bits_per_pair].levels_per_sigma
         scale = scales.round_to_float16(wanted / per_sigma, self.names[piece.tensor])
         return rotate(weight, self._sigma(scale), self.input_scale, *self.blocks), scale
@@ -184,42 +193,44 @@ class Work:
         blocks = [(piece.sensitivity, scale.astype(np.float64)) for piece, scale in zip(pieces, kept)]
         return OutputFactors(blocks, self.blocks[1], self.device)
 
-    def _finished(
-        self,
-        pieces: list[Piece],
-        rotated: list[tuple[torch.Tensor, np.ndarray]],
-        encoded: list[tuple[torch.Tensor, torch.Tensor]],
-        metric: InputMetric,
-    ) -> list[Coded]:
-        """The finished pieces: scales fitted again, and how far they are from their weights. Nothing waits while there is work to send."""
-        kept = [scale for _, scale in rotated]
+    def _finished(self, prepared: Prepared, encoded: list[tuple[torch.Tensor, torch.Tensor]], metric: InputMetric) -> list[Coded]:
+        """The finished pieces: scales fitted again, and how far they are from their weights. The GPU is waited for once before each."""
+        pieces, rotated = prepared.pieces, prepared.rotated
+        sides = []
         if metric.known is not None:
             hessian = metric.known.matrix
             sides = [self._refit_sides(rows, levels, scale, hessian) for (rows, scale), (_, levels) in zip(rotated, encoded)]
-            names = [self.names[piece.tensor] for piece in pieces]
-            kept = [better_scales(old, *both.cpu().numpy(), name) for old, both, name in zip(kept, sides, names)]
         for piece, (packed, _) in zip(pieces, encoded):
             first = piece.rows.start // TILE_OUTPUTS
             self.packed[piece.tensor][first : first + len(packed)].copy_(packed, non_blocking=True)
+        kept = self._kept(pieces, [scale for _, scale in rotated], sides)
+        stops = np.cumsum([len(scale) for scale in kept]).tolist()
+        there = torch.from_numpy(np.concatenate(kept).astype(np.float32)).to(self.device)
         squares, decoded = [], []
-        for piece, (_, levels), scale in zip(pieces, encoded, kept):
-            rows = self._decoded(levels, scale)
-            squares.append(self._squares(piece, rows))
+        for weight, (_, levels), stop, scale in zip(prepared.weights, encoded, stops, kept):
+            rows = unrotate(levels, there[stop - len(scale) : stop], self.input_scale, *self.blocks)
+            wide = weight.double()
+            energy = wide.square().sum()
+            squares.append(torch.stack([wide.sub_(rows).square_().sum(), energy]))
             decoded.append(None if metric.known is None else rows)
         # The copies have arrived, too, when this has.
         sums_of_squares = torch.stack(squares).tolist()
         return [Coded(scale, *pair, rows) for scale, pair, rows in zip(kept, sums_of_squares, decoded)]
 
-    def _decoded(self, levels: torch.Tensor, scale: np.ndarray) -> torch.Tensor:
-        """The weights that a piece stands for, float32 [n, K]."""
-        stored = torch.from_numpy(scale.astype(np.float32)).to(self.device, non_blocking=True)
-        return unrotate(levels, stored, self.input_scale, *self.blocks)
-
-    def _squares(self, piece: Piece, decoded: torch.Tensor) -> torch.Tensor:
-        """The squares of what a piece is off, and of its weights: float64 [2]."""
-        weight = self.weights[piece.tensor][piece.rows].to(self.device).double()
-        energy = weight.square().sum()
-        return torch.stack([(weight - decoded).square_().sum(), energy])
+    def _kept(self, pieces: list[Piece], kept: list[np.ndarray], sides: list[torch.Tensor]) -> list[np.ndarray]:
+        """Better scales where what `_refit_sides` says allows them, float16 [n] of each piece."""
+        if not sides:
+            return kept
+        linear, square = torch.cat(sides, 1).cpu().numpy()
+        made: list[np.ndarray] = []
+        first = 0
+        for tensor, members in groupby(range(len(pieces)), lambda number: pieces[number].tensor):
+            old = [kept[number] for number in members]
+            stop = first + sum(map(len, old))
+            better = better_scales(np.concatenate(old), linear[first:stop], square[first:stop], self.names[tensor])
+            made += np.split(better, np.cumsum([len(scale) for scale in old])[:-1])
+            first = stop
+        return made
 
     def _refit_sides(self, rotated: torch.Tensor, levels: torch.Tensor, scale: np.ndarray, hessian: torch.Tensor) -> torch.Tensor:
         """Both sides of `quantize.refit.refit_output_scale`, of better output scales for given levels: float64 [2, n]."""

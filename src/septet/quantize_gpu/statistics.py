@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,32 @@ import torch
 from septet.quantize import GroupStatistics
 from septet.quantize.factorization import DAMPINGS
 from septet.quantize.statistics import DRIFT_SHARE
-from septet.quantize_gpu.factorization import Decomposition, decompose, panels_of
+from septet.quantize_gpu.factorization import Decomposition, decompose, mean_diagonal, panels_of
 from septet.quantize_gpu.rotation import hadamard
 from septet.quantize_gpu.sums import slabs
 
-__all__ = ["InputMetric", "as_coded", "input_metric"]
+__all__ = ["CodedInputs", "InputMetric", "as_coded", "coded_inputs", "moved_by"]
 
 #: Rows are looked through in slabs of about so many numbers.
 _SLAB = 1 << 25
+
+
+@dataclass(eq=False)
+class CodedInputs:
+    """What a group's statistics say of its inputs, in the coded basis: all None when nothing is known.
+
+    Args:
+        hessian: float64 [K, K].
+        drift: float32 [K, K], times the share of it that is made up for, and in units of the Hessian's mean diagonal.
+    """
+
+    hessian: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+
+    def metric(self) -> InputMetric:
+        """Without the drift if the Hessian is of no use; the Hessian is used up."""
+        known = None if self.hessian is None else decompose(self.hessian, DAMPINGS)
+        return InputMetric(known, None if known is None else self.drift)
 
 
 @dataclass(eq=False)
@@ -27,29 +44,40 @@ class InputMetric:
 
     Args:
         known: the Hessian of the inputs, in the coded basis.
-        drift: float32 [K, K], the drift in the coded basis, times the share of it that is made up for.
+        drift: as in `CodedInputs`.
     """
 
     known: Decomposition | None = None
     drift: torch.Tensor | None = None
 
-    def to(self, device: str) -> InputMetric:
-        """A copy, usually elsewhere."""
+    def to(self, device: str, drift: torch.Tensor | None) -> InputMetric:
+        """A copy, usually elsewhere, where the drift is already."""
         known = None if self.known is None else self.known.to(device)
-        return InputMetric(known, None if self.drift is None else self.drift.to(device, copy=True))
+        return InputMetric(known, None if self.drift is None else drift)
 
-    def corrected(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rotated weights, float32 [n, K], that make up for moved inputs; before `factor` uses up what it takes."""
+    def corrected(self, rows: torch.Tensor, moved: torch.Tensor | None = None) -> torch.Tensor:
+        """Rotated weights that make up for moved inputs; before `factor` uses up what it takes.
+
+        Args:
+            rows: float32 [n, K].
+            moved: `moved_by` of them and the drift, where that has been found; used up.
+        """
         if self.drift is None:
             return rows
-        wide = rows.double()
-        moved = torch.empty_like(wide)
-        for panel in panels_of(len(self.drift)):
-            moved[:, panel] = wide @ self.drift[:, panel].double()
-        return wide.add_(self.known.divide(moved)).float()
+        moved = moved_by(self.drift, rows) if moved is None else moved
+        return self.known.divide(moved).add_(rows).float()
 
 
-def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, block: int) -> InputMetric:
+def moved_by(drift: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """rows @ drift: float32 [K, K] and [n, K] -> float64 [n, K]."""
+    wide = rows.double()
+    moved = torch.empty_like(wide)
+    for panel in panels_of(len(drift)):
+        moved[:, panel] = wide @ drift[:, panel].double()
+    return moved
+
+
+def coded_inputs(statistics: GroupStatistics | None, input_scale: torch.Tensor, block: int) -> CodedInputs:
     """Look at a group's inputs in the coded basis.
 
     Args:
@@ -58,17 +86,18 @@ def input_metric(statistics: GroupStatistics | None, input_scale: torch.Tensor, 
         block: Hadamard block that divides K.
     """
     if statistics is None:
-        return InputMetric()
+        return CodedInputs()
     hessian = _owned(statistics.inputs, torch.float64, input_scale.device)
+    drift = None if statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
     # Rarely anything is damaged, and a sum says so of a row.
-    whole = bool((torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all())
-    hessian = _rotate(hessian, input_scale, block) if whole else as_coded(hessian, input_scale, block)
-    known = decompose(hessian, DAMPINGS)
-    drift = None if known is None or statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
+    sound = [(torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all()]
     if drift is not None:
-        finite = all(math.isfinite(float(limit)) for limit in drift.aminmax())
-        drift = _rotate(drift, input_scale, block).mul_(DRIFT_SHARE / known.mean) if finite else None
-    return InputMetric(known, drift)
+        sound.append(torch.isfinite(torch.stack(drift.aminmax())).all())
+    whole, *finite = torch.stack(sound).tolist()
+    hessian = _rotate(hessian, input_scale, block) if whole else as_coded(hessian, input_scale, block)
+    if drift is None or not finite[0]:
+        return CodedInputs(hessian)
+    return CodedInputs(hessian, _rotate(drift, input_scale, block).mul_(DRIFT_SHARE / mean_diagonal(hessian)))
 
 
 def as_coded(hessian: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:

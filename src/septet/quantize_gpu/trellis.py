@@ -15,13 +15,15 @@ import torch
 
 from septet.codes.tile import check_bits, tile_bytes, tile_grid
 from septet.quantize import GroupStatistics, QuantizedTensor, rotation, scales
+from septet.quantize.statistics import output_rows
 from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
 from septet.quantize_gpu.devices import aside, beside, on_devices
-from septet.quantize_gpu.pieces import Coded, Piece, Prepared, Settings, Work, pieces_of
+from septet.quantize_gpu.pieces import Coded, Piece, Settings, Work, pieces_of
 from septet.quantize_gpu.rotation import dequantize as decode
-from septet.quantize_gpu.statistics import InputMetric, input_metric
+from septet.quantize_gpu.shares import factorize, run, share
+from septet.quantize_gpu.statistics import InputMetric, coded_inputs
 from septet.quantize_gpu.uploads import upload
 
 __all__ = ["DecodedTensor", "dequantize", "quantize_trellis"]
@@ -80,8 +82,11 @@ def _quantize(
     """`quantize_trellis` while its GPU is the current one."""
     bits, device = settings.bits_per_pair, settings.device
     inputs, outputs = common_inputs(weights), [weight.shape[0] for weight in weights]
-    there = [torch.empty(tuple(weight.shape), device=device) for weight in weights]
-    with beside(device, lambda: _measure(weights, names, there)) as measured:
+    # The first GPU has most to do beside that: statistics come together there.
+    most_pieces = sum(count // output_rows(count) for count in outputs)
+    last = [device, *settings.helpers][min(len(settings.helpers), most_pieces - 1)]
+    there = [torch.empty(tuple(weight.shape), device=last) for weight in weights]
+    with beside(last, lambda: _measure(weights, names, there)) as measured:
         found = statistics()
         columns, plain, divided = measured()
     if found is not None:
@@ -102,12 +107,15 @@ def _quantize(
     pieces = _pieces(there, known, output_block)
     # Beside what the statistics have given the GPUs to do, which nobody has waited for.
     shares = share(work, pieces, settings.helpers)
-    metric = input_metric(found, there_scale, input_block)
-    if known is not None and metric.known is None:
+    metrics = factorize(coded_inputs(found, there_scale, input_block), shares)
+    # The drift goes as soon as it has been made up for.
+    del found
+    if known is not None and metrics[0].known is None:
         # The inputs are of no use, so rows are rounded plainly.
         pieces = _pieces(there, None, output_block)
         shares = share(work, pieces, settings.helpers)
-    coded = run(shares, metric)
+        metrics = [InputMetric() for _ in shares]
+    coded = run(shares, metrics)
     made = []
     for tensor, weight in enumerate(there):
         mine = [one for piece, one in zip(pieces, coded) if piece.tensor == tensor]
@@ -148,35 +156,6 @@ def _pieces(weights: list[torch.Tensor], sensitivities: tuple[np.ndarray, ...] |
     """All pieces of a group, in order."""
     known = sensitivities or [None] * len(weights)
     return [piece for tensor, weight in enumerate(weights) for piece in pieces_of(tensor, weight.shape, known[tensor], output_block)]
-
-
-def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[tuple[Work, Prepared]]:
-    """Deal out pieces, neighbours to one GPU, to `work`'s own and to helpers, of which each gets about the same; and prepare them."""
-    devices = [work.device, *helpers[: len(pieces) - 1]]
-    rows = np.cumsum([0] + [piece.rows.stop - piece.rows.start for piece in pieces])
-    owner = np.minimum((rows[:-1] + rows[1:]) * len(devices) // (2 * rows[-1]), len(devices) - 1)
-    shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(devices))]
-
-    def prepare(item: tuple[str, list[Piece]]) -> tuple[Work, Prepared]:
-        device, part = item
-        with aside(work.device, device):
-            own = work if device == work.device else work.to(device)
-            return own, own.prepare(part)
-
-    return on_devices([(device, prepare, (device, part)) for device, part in zip(devices, shares) if part])
-
-
-def run(shares: list[tuple[Work, Prepared]], metric: InputMetric) -> list[Coded]:
-    """What becomes of all pieces, in order."""
-
-    def finish(item: tuple[Work, Prepared, InputMetric]) -> list[Coded]:
-        work, prepared, own = item
-        return work.run(prepared, own)
-
-    # Nobody begins before all copies are made: work uses up what it was given.
-    metrics = [metric.to(work.device) if number else metric for number, (work, _) in enumerate(shares)]
-    calls = [(work.device, finish, (work, prepared, own)) for (work, prepared), own in zip(shares, metrics)]
-    return [one for part in on_devices(calls) for one in part]
 
 
 def _joined(coded: list[Coded], packed: np.ndarray, shape: tuple[int, int], input_scale: np.ndarray, work: Work) -> DecodedTensor:

@@ -20,8 +20,8 @@ from septet.quantize_gpu.devices import beside
 
 __all__ = ["bringing", "upload"]
 
-#: Bytes of a piece, and how many there are; a thread for each.
-_PIECE = 1 << 22
+#: Bytes of a piece, and how many there are; a thread for each. Smaller pieces keep the interpreter from threads that send work to GPUs.
+_PIECE = 1 << 24
 _PIECES = 6
 
 #: Fills uint8 `out` with the bytes from `start` on: source(start, out).
