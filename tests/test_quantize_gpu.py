@@ -79,10 +79,16 @@ def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
 def test_targets_for_moved_inputs_are_those_of_the_processor(panel: None) -> None:
     statistics, scale = known_of(160, [64]), np.linspace(-1, 2, 160, dtype=np.float32) + 0.01
     rows = np.random.default_rng(2).standard_normal((9, 160)).astype(np.float32)
-    made = on_gpu.coded_inputs(statistics, torch.from_numpy(scale), 32).metric().corrected(torch.from_numpy(rows))
     expected = corrected(rows, input_metric(statistics, scale, 32))
     assert np.abs(expected - rows).max() > 0.1
-    assert np.allclose(made.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    metric = on_gpu.coded_inputs(statistics, torch.from_numpy(scale), 32).metric()
+    there, parts = torch.from_numpy(rows), [slice(0, 4), slice(4, 9)]
+    made = [metric.corrected(there, parts, moved) for moved in ([None, None], [None, *on_gpu.moved_by(metric.drift, [there[4:]])])]
+    metric.combine()
+    for one in (*made, metric.corrected(there, parts, [None, None])):
+        assert np.allclose(one.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    metric.forget_moves()
+    assert metric.corrected(there, parts, [None, None]) is there
 
 
 def test_a_hessian_that_needs_more_damping_is_whole_at_the_second_attempt(panel: None) -> None:
@@ -258,7 +264,7 @@ def test_a_checkpoint_comes_out_as_on_the_processor(
     from septet.checkpoint import QuantizeOptions
     from septet.cli.quantize import quantize_with_bar
 
-    monkeypatch.setattr("septet.quantize_gpu.pieces._kernel", lambda device, feedback: encoder)
+    monkeypatch.setattr("septet.quantize_gpu.work._kernel", lambda device, feedback: encoder)
     options = QuantizeOptions(effort=effort, calibration="self" if effort else "none", calibration_tokens=600 if effort else 0)
     for out, device in (("here", "cpu"), ("there", "cpu:0")):
         assert quantize_with_bar(str(tiny_model_dir), tmp_path / out, options, calibration="self", device=device)

@@ -6,7 +6,7 @@ The encoder is CUDA C++ for GPUs with clusters (`clusters`), Triton elsewhere (`
 which the tests use.
 """
 
-from septet.quantize_gpu.pieces import Settings
 from septet.quantize_gpu.trellis import dequantize, quantize_trellis
+from septet.quantize_gpu.work import Settings
 
 __all__ = ["Settings", "dequantize", "quantize_trellis"]

@@ -263,10 +263,11 @@ class _Work:
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Packed and levels of each sheet."""
         true = slice(self._left, self._left + self._columns)
+        packed = _packed(self._symbols[:, true], self._bits)
+        levels = _matrix(self._levels[:, true], (len(packed) * TILE_OUTPUTS, self._inputs))
         made = []
         for sheet, first, count in zip(self._sheets, self._firsts, self._counts):
-            part = slice(first, first + count)
-            made.append((_packed(self._symbols[part, true], self._bits), _matrix(self._levels[part, true], sheet.rotated.shape)))
+            made.append((packed[first : first + count], levels[first * TILE_OUTPUTS :][: len(sheet.rotated)]))
         return made
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from septet.quantize_gpu.devices import aside, on_devices, on_side_streams, wait_for_side_stream
-from septet.quantize_gpu.pieces import Coded, Piece, Prepared, Work
+from septet.quantize_gpu.pieces import Coded, Piece
 from septet.quantize_gpu.statistics import CodedInputs, InputMetric, moved_by
+from septet.quantize_gpu.work import Prepared, Work
 
 __all__ = ["Share", "factorize", "run", "share"]
 
@@ -31,7 +32,7 @@ class Share:
 def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[Share]:
     """Deal out pieces, neighbours to one GPU, to `work`'s own and to helpers, of which each gets about the same; and prepare them."""
     devices, home = [work.device, *helpers[: len(pieces) - 1]], str(work.weights[0].device)
-    rows = np.cumsum([0] + [piece.rows.stop - piece.rows.start for piece in pieces])
+    rows = np.cumsum([0] + [len(piece) for piece in pieces])
     owner = np.minimum((rows[:-1] + rows[1:]) * len(devices) // (2 * rows[-1]), len(devices) - 1)
     shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(devices))]
 
@@ -50,43 +51,49 @@ def factorize(coded: CodedInputs, shares: list[Share]) -> list[InputMetric]:
     The first GPU factorizes. The others multiply rows by the drift meanwhile, their own and some of the first one's.
     """
     first, *others = shares
-    if not others:
-        return [coded.metric()]
+    rows = sum(len(piece) for one in shares for piece in one.prepared.pieces())
+    combined = coded.hessian is not None and rows > 2 * len(coded.hessian)
     # Before the factorization is sent: copies would wait for it.
     drifts = [None if coded.drift is None else coded.drift.to(one.work.device, copy=True) for one in others]
     calls: list[tuple[str, Callable, Any]] = [(first.work.device, CodedInputs.metric, coded)]
-    for number, (one, drift) in enumerate(zip(others, drifts)):
-        if drift is not None:
-            calls.append((one.work.device, _multiply, (first, one, drift, range(number, len(first.prepared.pieces), len(others)))))
+    if coded.drift is not None and not combined:
+        theirs = first.prepared.pieces()
+        for number, (one, drift) in enumerate(zip(others, drifts)):
+            calls.append((one.work.device, _multiply, (first, theirs[number :: len(others)], one, drift)))
     metric = on_devices(calls)[0]
-    wait_for_side_stream(first.work.device)
-    return [metric, *(metric.to(one.work.device, drift) for one, drift in zip(others, drifts))]
+    if others:
+        wait_for_side_stream(first.work.device)
+    metrics = [metric, *(metric.to(one.work.device, drift) for one, drift in zip(others, drifts))]
+    if combined:
+        for one in metrics:
+            one.combine()
+    return metrics
 
 
-def _multiply(item: tuple[Share, Share, torch.Tensor, Sequence[int]]) -> None:
-    """Find `Prepared.moved` of pieces of the first share, with the given numbers, and of the second one's own, on that one's GPU.
+def _multiply(item: tuple[Share, list[Piece], Share, torch.Tensor]) -> None:
+    """Find `Prepared.moved` of pieces of the first share, and of the second one's own, on that one's GPU, where the drift is.
 
     So many that both have about the same left to do when the Hessian has been factorized.
     """
-    first, own, drift, taken = item
-    left = _ROWS_MEANWHILE // 2
-    for number in taken:
-        rows = first.prepared.rotated[number][0]
-        left -= len(rows)
-        if left < 0:
-            break
-        # The first GPU's own stream has the factorization to do.
-        with on_side_streams(first.work.device):
-            there = rows.to(own.work.device)
-        moved = moved_by(drift, there)
-        with on_side_streams(first.work.device):
-            first.prepared.moved[number] = moved.to(first.work.device)
-    left = _ROWS_MEANWHILE // 2
-    for number, (rows, _) in enumerate(own.prepared.rotated):
-        left -= len(rows)
-        if left < 0:
-            break
-        own.prepared.moved[number] = moved_by(drift, rows)
+    first, theirs, own, drift = item
+    there, device = first.work.device, own.work.device
+    taken, rows = _as_many(first.prepared, theirs)
+    # The first GPU's own stream has the factorization to do.
+    with on_side_streams(there):
+        here = [one.to(device) for one in rows]
+    moved = moved_by(drift, here)
+    with on_side_streams(there):
+        first.prepared.moved.update(zip(taken, [one.to(there) for one in moved]))
+    taken, rows = _as_many(own.prepared, own.prepared.pieces())
+    own.prepared.moved.update(zip(taken, moved_by(drift, rows)))
+
+
+def _as_many(prepared: Prepared, pieces: list[Piece]) -> tuple[list[Piece], list[torch.Tensor]]:
+    """The first of some pieces, half of `_ROWS_MEANWHILE` or fewer, and what is rotated of them."""
+    rotated = dict(zip(prepared.pieces(), prepared.rotated()))
+    rows = np.cumsum([len(piece) for piece in pieces])
+    taken = pieces[: int((rows <= _ROWS_MEANWHILE // 2).sum())]
+    return taken, [rotated[piece] for piece in taken]
 
 
 def run(shares: list[Share], metrics: list[InputMetric]) -> list[Coded]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,35 +46,61 @@ class InputMetric:
     Args:
         known: the Hessian of the inputs, in the coded basis.
         drift: as in `CodedInputs`.
+        correction: float64 [K, K], the drift times the inverse Hessian, instead of the drift.
     """
 
     known: Decomposition | None = None
     drift: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
 
     def to(self, device: str, drift: torch.Tensor | None) -> InputMetric:
         """A copy, usually elsewhere, where the drift is already."""
         known = None if self.known is None else self.known.to(device)
         return InputMetric(known, None if self.drift is None else drift)
 
-    def corrected(self, rows: torch.Tensor, moved: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(self) -> None:
+        """Find the correction, which is less work than to multiply and divide more than twice as many rows as there are inputs."""
+        if self.drift is not None:
+            self.correction, self.drift = self.known.divide(self.drift.double()), None
+
+    def corrected(self, rows: torch.Tensor, parts: Sequence[slice], moved: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Rotated weights that make up for moved inputs; before `factor` uses up what it takes.
 
         Args:
             rows: float32 [n, K].
-            moved: `moved_by` of them and the drift, where that has been found; used up.
+            parts: of the rows, to be multiplied by themselves.
+            moved: of each part `moved_by` of it and the drift, or None.
+
+        Returns:
+            float32 [n, K].
         """
-        if self.drift is None:
+        if self.drift is None and self.correction is None:
             return rows
-        moved = moved_by(self.drift, rows) if moved is None else moved
-        return self.known.divide(moved).add_(rows).float()
+        wide = rows.double()
+        made = torch.empty_like(wide)
+        if self.correction is not None:
+            for part in parts:
+                torch.mm(wide[part], self.correction, out=made[part])
+            return made.add_(wide).float()
+        missing = [part for part, found in zip(parts, moved) if found is None]
+        found = iter(moved_by(self.drift, [wide[part] for part in missing]))
+        for part, there in zip(parts, moved):
+            made[part] = self.known.divide(next(found) if there is None else there)
+        return made.add_(wide).float()
+
+    def forget_moves(self) -> None:
+        """Give back the memory of what `corrected` needs."""
+        self.drift = self.correction = None
 
 
-def moved_by(drift: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """rows @ drift: float32 [K, K] and [n, K] -> float64 [n, K]."""
-    wide = rows.double()
-    moved = torch.empty_like(wide)
-    for panel in panels_of(len(drift)):
-        moved[:, panel] = wide @ drift[:, panel].double()
+def moved_by(drift: torch.Tensor, several: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """rows @ drift for some rows at a time: float32 [K, K] and float32 or float64 [n, K] each -> float64 [n, K]."""
+    wide = [rows.double() for rows in several]
+    moved = [torch.empty_like(rows) for rows in wide]
+    for panel in panels_of(len(drift)) if several else ():
+        columns = drift[:, panel].double()
+        for rows, there in zip(wide, moved):
+            there[:, panel] = rows @ columns
     return moved
 
 

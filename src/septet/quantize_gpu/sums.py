@@ -33,10 +33,10 @@ def column_norms(weight: torch.Tensor) -> np.ndarray:
 
 
 def clips(rotated: torch.Tensor, reach: float, output_block: int, ignored: float) -> torch.Tensor:
-    """Whether in a block of rows more than `ignored` of the mean energy lies beyond what the levels reach: bool, where the rows are."""
+    """Of each block of rows, whether more than `ignored` of the mean energy lies beyond what the levels reach: bool [N / block]."""
     beyond = (rotated.abs() - reach).clamp_(min=0).square_()
     lost = beyond.sum(1, dtype=torch.float64).reshape(-1, output_block).sum(1) / (output_block * rotated.shape[1])
-    return (lost > ignored).any()
+    return lost > ignored
 
 
 def slabs(count: int, size: int, numbers: int = _SLAB) -> list[slice]:

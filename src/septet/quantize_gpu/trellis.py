@@ -20,11 +20,12 @@ from septet.quantize.tensor import RowSource, common_inputs
 from septet.quantize.trellis import row_scales
 from septet.quantize_gpu import sums
 from septet.quantize_gpu.devices import aside, beside, on_devices
-from septet.quantize_gpu.pieces import Coded, Piece, Settings, Work, pieces_of
+from septet.quantize_gpu.pieces import Coded, Piece, pieces_of
 from septet.quantize_gpu.rotation import dequantize as decode
 from septet.quantize_gpu.shares import factorize, run, share
 from septet.quantize_gpu.statistics import InputMetric, coded_inputs
 from septet.quantize_gpu.uploads import upload
+from septet.quantize_gpu.work import Settings, Work
 
 __all__ = ["DecodedTensor", "dequantize", "quantize_trellis"]
 
@@ -118,7 +119,7 @@ def _quantize(
     coded = run(shares, metrics)
     made = []
     for tensor, weight in enumerate(there):
-        mine = [one for piece, one in zip(pieces, coded) if piece.tensor == tensor]
+        mine = [one for one in coded if one.tensor == tensor]
         made.append(_joined(mine, packed[tensor].numpy(), tuple(weight.shape), input_scale, work))
     return made
 
@@ -169,6 +170,6 @@ def _joined(coded: list[Coded], packed: np.ndarray, shape: tuple[int, int], inpu
         input_scale=input_scale.astype(np.float16),
         input_block=work.blocks[0],
         output_block=work.blocks[1],
-        relative_error=scales.ratio_of_norms(sum(one.difference for one in coded), sum(one.energy for one in coded)),
+        relative_error=scales.ratio_of_norms(*(sum(pair[side] for one in coded for pair in one.squares) for side in (0, 1))),
         decoded=[one.decoded for one in coded if one.decoded is not None],
     )
