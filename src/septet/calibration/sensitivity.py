@@ -76,6 +76,8 @@ def measure(
             step = _Step(chain, index, copies, {layer.name[len(f"{prefix}.{index}.") :]: layer for layer in members}, machine)
             gradients = step.run(states.pop(), gradients)
         found.put(*step.result())
+        # Its sums, before the next block's are there too.
+        del step
         progress(len(blocks) - index, len(blocks))
     found.settle()
     return found
