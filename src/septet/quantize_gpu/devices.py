@@ -31,9 +31,13 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
 
     if len(calls) == 1:
         return [_here(*calls[0])]
-    futures = [_thread_of(call[0]).submit(_quietly, *call) for call in calls]
-    wait(futures)
-    return [future.result() for future in futures]
+    # The first one here: the thread would only wait.
+    futures = [_thread_of(call[0]).submit(_quietly, *call) for call in calls[1:]]
+    try:
+        first = _quietly(*calls[0])
+    finally:
+        wait(futures)
+    return [first, *(future.result() for future in futures)]
 
 
 def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[list[_Result]]:
@@ -56,6 +60,8 @@ def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Seq
     try:
         for part in [*rounds, []]:
             under_way.append([_thread_of(device).submit(_quietly, device, work, item) for device, item in zip(devices, part)])
+            # What is done with results is never sent in the midst of an item: one GPU would wait there for half of another one's.
+            wait(under_way[-1])
             if len(under_way) > 1:
                 yield [future.result() for future in under_way.popleft()]
     finally:
