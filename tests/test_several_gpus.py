@@ -22,9 +22,10 @@ from septet.model import plan
 from septet.quantize_gpu import factorization, feedback
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_more_devices_change_no_byte(knows: bool) -> None:
-    """Processors stand in for GPUs."""
+@pytest.mark.parametrize(("knows", "per_input"), [(True, 2), (True, 1000), (False, 2)])
+def test_more_devices_change_no_byte(knows: bool, per_input: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors stand in for GPUs; with moved inputs made up for in both ways."""
+    monkeypatch.setattr("septet.quantize_gpu.shares._ROWS_PER_INPUT", per_input)
     inputs, outputs = 36, [2048, 192, 64]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs) if knows else None
     names = [*NAMES, "block.v"]
@@ -61,8 +62,9 @@ def test_more_gpus_see_the_same_to_the_last_bit(tiny_model_dir: Path, monkeypatc
 
 
 @needs("two-gpus", "above, processors stand in for them")
-def test_two_gpus_write_the_bytes_of_one() -> None:
-    inputs, outputs = 576, [2048, 1024]
+@pytest.mark.parametrize("inputs", [576, 1600])
+def test_two_gpus_write_the_bytes_of_one(inputs: int) -> None:
+    outputs = [2048, 1024]
     weights, known = weights_of(inputs, outputs), known_of(inputs, outputs)
     two, one = (quantize_gpu.Settings(device="cuda:0", helpers=helpers) for helpers in (("cuda:1",), ()))
     # Two first: what torch loads at a first call it must not load in two threads.

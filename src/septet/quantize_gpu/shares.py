@@ -17,8 +17,11 @@ from septet.quantize_gpu.work import Prepared, Work
 __all__ = ["Share", "factorize", "run", "share"]
 
 #: Rows that a GPU multiplies by the drift in the time that another one takes to factorize the Hessian: 7 to 16 thousand for 4096 to 28672
-#: inputs (docs/log.md).
+#: inputs, reckoned from a profile (docs/log.md).
 _ROWS_MEANWHILE = 8192
+#: From so many rows for each input on, the drift and the inverse Hessian are multiplied first, which is as much work as to multiply by
+#: both as many rows as there are inputs; then every row is multiplied once instead of twice.
+_ROWS_PER_INPUT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,8 @@ def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[Share
     devices, home = [work.device, *helpers[: len(pieces) - 1]], str(work.weights[0].device)
     rows = np.cumsum([0] + [len(piece) for piece in pieces])
     owner = np.minimum((rows[:-1] + rows[1:]) * len(devices) // (2 * rows[-1]), len(devices) - 1)
-    shares = [[piece for piece, number in zip(pieces, owner) if number == own] for own in range(len(devices))]
+    # The first one has some in any case, since statistics come together there.
+    shares = [[piece for piece, number in zip(pieces, owner - owner[0]) if number == own] for own in range(len(devices))]
 
     def prepare(item: tuple[str, list[Piece]]) -> Share:
         device, part = item
@@ -52,7 +56,7 @@ def factorize(coded: CodedInputs, shares: list[Share]) -> list[InputMetric]:
     """
     first, *others = shares
     rows = sum(len(piece) for one in shares for piece in one.prepared.pieces())
-    combined = coded.hessian is not None and rows > 2 * len(coded.hessian)
+    combined = coded.drift is not None and rows > _ROWS_PER_INPUT * len(coded.drift)
     # Before the factorization is sent: copies would wait for it.
     drifts = [None if coded.drift is None else coded.drift.to(one.work.device, copy=True) for one in others]
     calls: list[tuple[str, Callable, Any]] = [(first.work.device, CodedInputs.metric, coded)]
