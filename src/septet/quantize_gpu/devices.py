@@ -41,7 +41,7 @@ def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -
 
 
 def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[list[_Result]]:
-    """Apply `work` to items, of which each GPU gets the next one; several have a thread each, which is one item ahead of what is asked for.
+    """Apply `work` to items, of which each GPU gets the next one; several have a thread each, which is one item ahead of the caller.
 
     Args:
         devices: where.

@@ -26,7 +26,7 @@ _ROWS_PER_INPUT = 2
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one GPU does of a group."""
+    """What one GPU does of a group: what it works with, and its pieces."""
 
     work: Work
     prepared: Prepared

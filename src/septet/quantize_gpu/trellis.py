@@ -1,8 +1,8 @@
 """Quantizing the tensors of a fused group on GPUs: the steps of `quantize.trellis`, on large pieces of the tensors.
 
-Scales and the factorization are found on one GPU, scales beside what the group's statistics take. Rows are dealt out to all GPUs in pieces
-that do not depend on how many there are, and prepared while the statistics are still summed up. Memory: the Hessian of the group's inputs
-in float64, their drift in float32, and about 20 bytes for each of the group's weights.
+Weights come to the last GPU, which finds the scales beside what the group's statistics take; the first one factorizes. Rows are dealt out
+to all GPUs in pieces that do not depend on how many there are, and prepared while the statistics are still summed up. Memory: the Hessian
+of the group's inputs in float64, their drift in float32, and about 20 bytes for each of the group's weights.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def _quantize(
     """`quantize_trellis` while its GPU is the current one."""
     bits, device = settings.bits_per_pair, settings.device
     inputs, outputs = common_inputs(weights), [weight.shape[0] for weight in weights]
-    # The first GPU has most to do beside that: statistics come together there.
+    # Not the first GPU, if there is work for several: statistics come together there.
     most_pieces = sum(count // output_rows(count) for count in outputs)
-    last = [device, *settings.helpers][min(len(settings.helpers), most_pieces - 1)]
-    there = [torch.empty(tuple(weight.shape), device=last) for weight in weights]
-    with beside(last, lambda: _measure(weights, names, there)) as measured:
+    home = [device, *settings.helpers][min(len(settings.helpers), most_pieces - 1)]
+    there = [torch.empty(tuple(weight.shape), device=home) for weight in weights]
+    with beside(home, lambda: _measure(weights, names, there)) as measured:
         found = statistics()
         columns, plain, divided = measured()
     if found is not None:
