@@ -73,6 +73,22 @@ def test_two_gpus_write_the_bytes_of_one(inputs: int) -> None:
         assert_same(tensor, expected)
 
 
+@needs("two-gpus", "on one GPU nothing else can be the current one")
+def test_kernels_run_where_their_tensors_are() -> None:
+    """Not on the thread's current GPU, where nothing would wait for what the other one is still doing."""
+    from septet.quantize_gpu import kernels
+
+    there = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to("cuda:1")
+    with torch.cuda.device("cuda:0"):
+        for _ in range(20):
+            there = (there @ there.T).clamp(-1, 1)
+            made = kernels.hadamard(there, 64, False, torch.empty_like(there)), kernels.sum_columns(there)
+    with torch.cuda.device("cuda:1"):
+        torch.cuda.synchronize()
+        expected = kernels.hadamard(there, 64, False, torch.empty_like(there)), kernels.sum_columns(there)
+    assert all(map(torch.equal, made, expected))
+
+
 def test_a_list_of_gpus_names_each_once() -> None:
     from septet.cli.device import check_device, machine_of
 

@@ -6,7 +6,8 @@ spread over all c. Windows are worked off in chunks of c; each keeps the least (
 survivors lie in global memory, where the caches hold them. What is subtracted from all costs after a step changes no decision; here it is
 the cost of state 0.
 
-On a processor the kernel runs in Triton's interpreter, which the tests use.
+Triton launches on the thread's current GPU, wherever tensors are, so each call makes theirs the current one. On a processor the kernels run
+in Triton's interpreter, which the tests use.
 """
 
 from __future__ import annotations
@@ -68,20 +69,21 @@ def search(fixed: torch.Tensor, levels: torch.Tensor, bits: int) -> torch.Tensor
     costs = torch.empty((most, 2, states), dtype=torch.int32, device=fixed.device)
     for start in range(0, count, _TILES_AT_ONCE):
         part = slice(start, start + _TILES_AT_ONCE)
-        _search_tile[(len(fixed[part]),)](
-            fixed[part],
-            levels[0],
-            levels[1],
-            survivors,
-            costs,
-            windows[part],
-            BITS=bits,
-            CHUNK=chunk >> (trellis.WINDOW_BITS - bits),
-            PAIRS=PAIRS_PER_TILE,
-            AROUND=BOUNDARY_STEPS,
-            FAR=FORBIDDEN_COST,
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(fixed):
+            _search_tile[(len(fixed[part]),)](
+                fixed[part],
+                levels[0],
+                levels[1],
+                survivors,
+                costs,
+                windows[part],
+                BITS=bits,
+                CHUNK=chunk >> (trellis.WINDOW_BITS - bits),
+                PAIRS=PAIRS_PER_TILE,
+                AROUND=BOUNDARY_STEPS,
+                FAR=FORBIDDEN_COST,
+                num_warps=warps,
+            )
     return windows
 
 
@@ -90,7 +92,8 @@ def sum_columns(values: torch.Tensor) -> torch.Tensor:
     length, count = values.shape
     result = torch.empty(count, dtype=torch.float64, device=values.device)
     block = 64
-    _add_in_order[(-(-count // block),)](values, result, length, count, BLOCK=block, num_warps=2)
+    with torch.cuda.device_of(values):
+        _add_in_order[(-(-count // block),)](values, result, length, count, BLOCK=block, num_warps=2)
     return result
 
 
@@ -113,7 +116,8 @@ def hadamard(matrix: torch.Tensor, block: int, along_outputs: bool, out: torch.T
     scale, stages = 1 / math.sqrt(block), block.bit_length() - 1
     # One axis: a second one ends at 65535, which a vocabulary in blocks of two can pass.
     grid = (-(-others // together) * groups,)
-    _hadamard_blocks[grid](matrix, out, others, *steps, BLOCK=block, STAGES=stages, TOGETHER=together, SCALE=scale, num_warps=8)
+    with torch.cuda.device_of(matrix):
+        _hadamard_blocks[grid](matrix, out, others, *steps, BLOCK=block, STAGES=stages, TOGETHER=together, SCALE=scale, num_warps=8)
     return out
 
 
