@@ -23,8 +23,8 @@ __all__ = ["check_device", "devices_of", "in_host_memory", "let_segments_grow", 
 
 
 def devices_of(device: str) -> tuple[str, ...]:
-    """The devices that a list with commas names; the first one leads."""
-    return tuple(device.split(","))
+    """The devices that a list with commas names; the first one leads. GPUs have a number: what is current differs from thread to thread."""
+    return tuple("cuda:0" if name == "cuda" else name for name in device.split(","))
 
 
 def machine_of(threads: int, device: str) -> Machine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -36,7 +37,7 @@ class Repeated:
         self._graph.replay()
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
-        graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        graph, stream, current = torch.cuda.CUDAGraph(), _recording_stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with _RECORDING, torch.cuda.stream(stream):
             # Other threads may go on calling what a recording forbids to its own.
@@ -47,3 +48,9 @@ class Repeated:
                 graph.capture_end()
         current.wait_stream(stream)
         return graph
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: torch gives out 32 streams in turn, and another thread might be at work in one of them."""
+    return torch.cuda.Stream(device)
