@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -32,11 +34,14 @@ def column_norms(weight: torch.Tensor) -> np.ndarray:
     return np.sqrt(np.concatenate(squares) / max(weight.shape[0], 1))
 
 
-def clips(rotated: torch.Tensor, reach: float, output_block: int, ignored: float) -> torch.Tensor:
-    """Of each block of rows, whether more than `ignored` of the mean energy lies beyond what the levels reach: bool [N / block]."""
+def clips(rotated: torch.Tensor, parts: Iterable[slice], reach: float, output_block: int, ignored: float) -> torch.Tensor:
+    """Of each block of rows, whether more than `ignored` of the mean energy lies beyond what the levels reach: bool [N / block].
+
+    Sums are those of parts of the rows, since others could round otherwise.
+    """
     beyond = (rotated.abs() - reach).clamp_(min=0).square_()
-    lost = beyond.sum(1, dtype=torch.float64).reshape(-1, output_block).sum(1) / (output_block * rotated.shape[1])
-    return lost > ignored
+    lost = [beyond[part].sum(1, dtype=torch.float64).reshape(-1, output_block).sum(1) for part in parts]
+    return torch.cat(lost) / (output_block * rotated.shape[1]) > ignored
 
 
 def slabs(count: int, size: int, numbers: int = _SLAB) -> list[slice]:

@@ -154,7 +154,7 @@ class Work:
         for strip in prepared.strips:
             moved = [prepared.moved.get(piece) for piece in strip.pieces]
             strip.rotated = metric.corrected(strip.rotated, list(strip.parts()), moved)
-        clipping = [sums.clips(strip.rotated, reach, block, scales.CLIPPING_IGNORED) for strip in prepared.strips]
+        clipping = [sums.clips(strip.rotated, strip.parts(), reach, block, scales.CLIPPING_IGNORED) for strip in prepared.strips]
         # Everything has been sent before anything is waited for.
         factors = prepared.factors.result()
         clips = torch.cat(clipping).cpu().split([len(piece) // block for piece in prepared.pieces()])
