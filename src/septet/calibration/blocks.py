@@ -174,6 +174,8 @@ class Chain:
             calls.output = self._model(input_ids=window.reshape(-1, window.shape[-1]).to(self._machine.device), use_cache=False)
         except _LastBlock:
             pass
+        finally:
+            self._local.calls = None
         return calls
 
 

@@ -172,6 +172,8 @@ class Calibrator:
             else:
                 parts = self._passes.run(self._hidden, {}, lambda number, inputs: None, stop=False)
                 self._hidden = [moved for part in parts for _, moved in part]
+                # Copies on other GPUs, before those of the next block.
+                self._passes = None
                 self._blocks[self._current].to("meta")
         self._current += 1
         block.float()

@@ -117,7 +117,12 @@ def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype |
 def copies_at_work(module: nn.Module, machine: Machine) -> Iterator[dict[str, nn.Module]]:
     """`at_work` for a single part of a model, with a copy on each helper: by device, the machine's own first."""
     with at_work([module], machine):
-        yield {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
+        copies = {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
+        try:
+            yield copies
+        finally:
+            # Whoever still has the dict must not keep a GPU's memory.
+            copies.clear()
 
 
 @contextmanager
