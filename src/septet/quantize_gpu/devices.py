@@ -5,33 +5,30 @@ And work beside what a GPU does, and the way back to the host's memory.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import TypeVar
 
 import torch
 
-__all__ = ["aside", "beside", "in_turn", "on_devices", "on_side_streams", "to_host", "wait_for_side_stream"]
+__all__ = ["aside", "beside", "in_turn", "number_of", "on_devices", "on_side_streams", "to_host", "wait_for_side_stream"]
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 def on_devices(calls: Sequence[tuple[str, Callable[[_Item], _Result], _Item]]) -> list[_Result]:
-    """Make calls at the same time.
+    """Make calls at the same time, the first one in the caller's thread.
 
     Args:
-        calls: (device, function, its argument); a device comes once. Threads do not record for a backward pass.
+        calls: (device, function, its argument); a device comes once. Several do not record for a backward pass.
 
     Returns:
         The results, in order. An error of any call is raised after all have ended.
     """
-
     if len(calls) == 1:
         return [_here(*calls[0])]
-    # The first one here: the thread would only wait.
     futures = [_thread_of(call[0]).submit(_quietly, *call) for call in calls[1:]]
     try:
         first = _quietly(*calls[0])
@@ -56,16 +53,14 @@ def in_turn(devices: Sequence[str], work: Callable[[_Item], _Result], items: Seq
             yield [_here(devices[0], work, item)]
         return
     rounds = [items[start : start + len(devices)] for start in range(0, len(items), len(devices))]
-    under_way: deque[list[Future[_Result]]] = deque()
-    try:
-        for part in [*rounds, []]:
-            under_way.append([_thread_of(device).submit(_quietly, device, work, item) for device, item in zip(devices, part)])
-            # What is done with results is never sent in the midst of an item: one GPU would wait there for half of another one's.
-            wait(under_way[-1])
-            if len(under_way) > 1:
-                yield [future.result() for future in under_way.popleft()]
-    finally:
-        wait([future for futures in under_way for future in futures])
+    before = []
+    for part in [*rounds, []]:
+        futures = [_thread_of(device).submit(_quietly, device, work, item) for device, item in zip(devices, part)]
+        # What is done with results is never sent in the midst of an item: one GPU would wait there for half of another one's.
+        wait(futures)
+        if before:
+            yield [future.result() for future in before]
+        before = futures
 
 
 def _here(device: str, work: Callable[[_Item], _Result], item: _Item) -> _Result:
@@ -136,14 +131,24 @@ def wait_for_side_stream(device: str) -> None:
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
-@cache
+def number_of(device: str) -> int:
+    """The number of a GPU; "cuda" is the thread's current one."""
+    number = torch.device(device).index
+    return torch.cuda.current_device() if number is None else number
+
+
 def _side_stream(device: str) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return _side_stream_of(number_of(device))
+
+
+@cache
+def _side_stream_of(number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(number)
 
 
 @cache
 def _thread_of(device: str) -> ThreadPoolExecutor:
-    """One for all that is ever shared: a new thread takes milliseconds before it has told a GPU anything."""
+    """One for all that is ever shared: a new thread took 4 ms before it had told a GPU anything (docs/log.md)."""
     return ThreadPoolExecutor(1)
 
 

@@ -35,9 +35,17 @@ def column_norms(weight: torch.Tensor) -> np.ndarray:
 
 
 def clips(rotated: torch.Tensor, parts: Iterable[slice], reach: float, output_block: int, ignored: float) -> torch.Tensor:
-    """Of each block of rows, whether more than `ignored` of the mean energy lies beyond what the levels reach: bool [N / block].
+    """Whether more of a block's energy lies beyond what the levels reach than may be ignored; see `quantize.scales.headroom`.
 
-    Sums are those of parts of the rows, since others could round otherwise.
+    Args:
+        rotated: float32 [N, K], in standard deviations.
+        parts: of the rows, whole blocks each, that are summed up by themselves: other sums could round otherwise.
+        reach: of the levels, in standard deviations.
+        output_block: rows of a block.
+        ignored: how much, in units of the energy that weights have on average.
+
+    Returns:
+        bool [N / output_block], where the rows are.
     """
     beyond = (rotated.abs() - reach).clamp_(min=0).square_()
     lost = [beyond[part].sum(1, dtype=torch.float64).reshape(-1, output_block).sum(1) for part in parts]

@@ -15,6 +15,7 @@ from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
 from septet.quantize import scales
 from septet.quantize.refit import better_scales
 from septet.quantize_gpu import sums
+from septet.quantize_gpu.devices import number_of, on_side_streams
 from septet.quantize_gpu.factorization import Factor
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
 from septet.quantize_gpu.outputs import OutputFactors
@@ -94,8 +95,11 @@ class Work:
     device: str
 
     def to(self, device: str) -> Work:
-        """The same for another GPU."""
-        return replace(self, input_scale=self.input_scale.to(device), device=device)
+        """The same for another GPU, inside `aside` of that."""
+        # Not behind what this GPU has been given to do.
+        with on_side_streams(self.device):
+            there = self.input_scale.to(device)
+        return replace(self, input_scale=there, device=device)
 
     def prepare(self, pieces: list[Piece]) -> Prepared:
         """What can be done before the inputs are known; it is only sent to the GPU."""
@@ -149,7 +153,7 @@ class Work:
         """Let what is rotated make up for moved inputs, and have room for that; returns the factors of the outputs."""
         bits, block = self.settings.bits_per_pair, self.blocks[1]
         reach = max(trellis_code.WIDTHS[bits].table) / trellis_code.WIDTHS[bits].levels_per_sigma
-        # Kept to the end: memory must not go back to the stream that allocated it before the GPU has been waited for.
+        # Kept until the GPU has been waited for: before, their memory must not go back to the stream that allocated it.
         before = [strip.rotated for strip in prepared.strips]
         for strip in prepared.strips:
             moved = [prepared.moved.get(piece) for piece in strip.pieces]
@@ -220,7 +224,6 @@ def _kernel(device: str, feedback: bool) -> Encoder:
     """The quickest encoder of a GPU; without feedback one that decides ties as the processor does."""
     from septet.quantize_gpu import clusters, kernels
 
-    number = torch.device(device).index
-    if not clusters.fits(torch.cuda.current_device() if number is None else number):
+    if not clusters.fits(number_of(device)):
         return kernels.encode
     return clusters.encode_from_both_ends if feedback else clusters.encode
