@@ -67,7 +67,7 @@ def test_factors_are_those_of_the_processor_up_to_rounding(panel: None) -> None:
     """And the Hessian is still there afterwards."""
     hessian, tiles = correlated(170, 7), np.arange(170) // 4
     known = factorize(hessian)
-    metric = on_gpu.coded_inputs(GroupStatistics(hessian), torch.ones(170), 1).metric()
+    metric = on_gpu.coded_inputs(GroupStatistics(hessian), {"cpu": torch.ones(170)}, 1).metric()
     made = metric.known.factor(4)
     assert made.shift == known.shift
     below = np.where(tiles[:, None] > tiles, made.coefficients.numpy(), 0)
@@ -81,7 +81,9 @@ def test_targets_for_moved_inputs_are_those_of_the_processor(panel: None) -> Non
     rows = np.random.default_rng(2).standard_normal((9, 160)).astype(np.float32)
     expected = corrected(rows, input_metric(statistics, scale, 32))
     assert np.abs(expected - rows).max() > 0.1
-    metric = on_gpu.coded_inputs(statistics, torch.from_numpy(scale), 32).metric()
+    coded = on_gpu.coded_inputs(statistics, {"cpu": torch.from_numpy(scale)}, 32)
+    metric = coded.metric()
+    metric.drift = coded.drift
     there, parts = torch.from_numpy(rows), [slice(0, 4), slice(4, 9)]
     made = [metric.corrected(there, parts, moved) for moved in ([None, None], [None, *on_gpu.moved_by(metric.drift, [there[4:]])])]
     metric.combine()

@@ -102,14 +102,15 @@ class Calibrator:
         total, drift = self._collect(layers)
         if total.is_empty:
             return None
+        if drift is not None:
+            # Before the GPU of the other sum has more to do than adding up.
+            drift /= total.tokens(getattr(drift, "device", None))
         inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
         self._read_ahead(layers)
         self._known_last = known[0]
         _weigh(inputs, known[0])
-        if drift is not None:
-            drift /= total.tokens()
         return GroupStatistics(inputs, drift, known[1])
 
     def forecast(self, layers: Sequence[LayerPlan]) -> GroupStatistics | None:
@@ -199,13 +200,15 @@ class Calibrator:
         return watched
 
     def _collect(self, layers: Sequence[LayerPlan]) -> tuple[InputSum, np.ndarray | torch.Tensor | None]:
-        """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known."""
+        """Sums over all windows: of x transpose(x), and of (x_original - x) transpose(x) where both are known, on the last GPU."""
         size, watched, on_gpu = layers[0].shape[1], self._watched(layers), self._machine.is_gpu
         total = InputSum(size, self._machine.devices)
         # On a GPU memory counts, and a quarter of the drift is made up for at most.
         drift: ProductSum | torch.Tensor | None = None
         if self._sensitivity is not None:
-            drift = ProductSum(size, self._machine.devices, torch.float32) if on_gpu else torch.zeros((size, size), dtype=torch.float64)
+            drift = (
+                ProductSum(size, self._machine.devices[::-1], torch.float32) if on_gpu else torch.zeros((size, size), dtype=torch.float64)
+            )
         for results in self._passes.run(self._hidden, watched, self._with_drift, stop=True):
             # One GPU gives the windows one by one, several a few together; sums must not know.
             for windows in [[result] for result in results] if on_gpu else [results]:

@@ -39,11 +39,11 @@ class InputSum:
         """Whether there were no tokens; a GPU is not asked how many of them it left out."""
         return not self._counts if self._exact is None else not self._exact.tokens
 
-    def tokens(self) -> int | torch.Tensor:
-        """How many have been added, at least 1; from a GPU [], there."""
+    def tokens(self, device: torch.device | str | None = None) -> int | torch.Tensor:
+        """How many have been added, at least 1; from GPUs [], on one of them: None is the first."""
         if self._exact is not None:
             return max(self._exact.tokens, 1)
-        return torch.stack([count.to(self._sum.device) for count in self._counts]).sum().clamp(min=1)
+        return torch.stack([count.to(device or self._sum.device) for count in self._counts]).sum().clamp(min=1)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add tokens, float32 [tokens, K]; rows that are not finite are left out."""

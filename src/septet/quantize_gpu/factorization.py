@@ -15,7 +15,7 @@ import torch
 from septet.quantize.exact import EXACT_BITS
 from septet.quantize.factorization import ERROR_BITS, MOST_COEFFICIENT_BITS
 
-__all__ = ["Decomposition", "Factor", "attempt_factor", "decompose", "mean_diagonal", "panels_of"]
+__all__ = ["Decomposition", "Factor", "attempt_factor", "decompose", "panels_of"]
 
 #: Rows and columns of a square; a multiple of both sides of a tile.
 _PANEL = 1024
@@ -80,7 +80,7 @@ class Decomposition:
 
 def decompose(hessian: torch.Tensor, dampings: tuple[float, ...]) -> Decomposition | None:
     """Factorize a Hessian, float64 [K, K], in place; None when no damping makes it positive definite."""
-    mean = float(mean_diagonal(hessian))
+    mean = float(_mean_diagonal(hessian))
     if not 0 < mean < math.inf:
         return None
     hessian /= mean
@@ -107,13 +107,13 @@ def attempt_factor(matrix: torch.Tensor, damping: float, tile: int) -> torch.Ten
     Returns:
         int64 [2]: whether the matrix was positive definite, and the shift. The matrix is of no use if it was not.
     """
-    mean = mean_diagonal(matrix)
+    mean = _mean_diagonal(matrix)
     matrix /= mean
     _, fits = _cholesky(matrix, damping)
     return torch.stack([(fits & (0 < mean) & (mean < math.inf)).long(), _whole_coefficients(matrix, tile)])
 
 
-def mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
     """float64 [], where the matrix is."""
     return matrix.trace() / len(matrix)
 

@@ -55,23 +55,34 @@ def factorize(coded: CodedInputs, shares: list[Share]) -> list[InputMetric]:
     The first GPU factorizes. The others multiply rows by the drift meanwhile, their own and some of the first one's.
     """
     first, *others = shares
+    drifts = [_sent(coded.drift, one.work.device) for one in shares]
     rows = sum(len(piece) for one in shares for piece in one.prepared.pieces())
     combined = coded.drift is not None and rows > _ROWS_PER_INPUT * len(coded.drift)
-    # Before the factorization is sent: copies would wait for it.
-    drifts = [None if coded.drift is None else coded.drift.to(one.work.device, copy=True) for one in others]
     calls: list[tuple[str, Callable, Any]] = [(first.work.device, CodedInputs.metric, coded)]
     if coded.drift is not None and not combined:
         theirs = first.prepared.pieces()
-        for number, (one, drift) in enumerate(zip(others, drifts)):
+        for number, (one, drift) in enumerate(zip(others, drifts[1:])):
             calls.append((one.work.device, _multiply, (first, theirs[number :: len(others)], one, drift)))
     metric = on_devices(calls)[0]
-    if others:
-        wait_for_side_stream(first.work.device)
-    metrics = [metric, *(metric.to(one.work.device, drift) for one, drift in zip(others, drifts))]
-    if combined:
-        for one in metrics:
+    for one in shares:
+        wait_for_side_stream(one.work.device)
+    metrics = [metric, *(metric.to(one.work.device) for one in others)]
+    for one, drift in zip(metrics, drifts):
+        one.drift = None if metric.known is None else drift
+        if combined:
             one.combine()
     return metrics
+
+
+def _sent(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    """A tensor on a device, perhaps itself; in the side stream there, since the device's own one has other things to do."""
+    if tensor is None or tensor.device == torch.device(device):
+        return tensor
+    with on_side_streams(device):
+        there = tensor.to(device)
+    if there.is_cuda:
+        there.record_stream(torch.cuda.current_stream(device))
+    return there
 
 
 def _multiply(item: tuple[Share, list[Piece], Share, torch.Tensor]) -> None:
@@ -80,14 +91,13 @@ def _multiply(item: tuple[Share, list[Piece], Share, torch.Tensor]) -> None:
     So many that both have about the same left to do when the Hessian has been factorized.
     """
     first, theirs, own, drift = item
-    there, device = first.work.device, own.work.device
+    wait_for_side_stream(own.work.device)
     taken, rows = _as_many(first.prepared, theirs)
-    # The first GPU's own stream has the factorization to do.
-    with on_side_streams(there):
-        here = [one.to(device) for one in rows]
+    # Not in the first GPU's own stream, which has the factorization to do.
+    with on_side_streams(first.work.device):
+        here = [one.to(own.work.device) for one in rows]
     moved = moved_by(drift, here)
-    with on_side_streams(there):
-        first.prepared.moved.update(zip(taken, [one.to(there) for one in moved]))
+    first.prepared.moved.update(zip(taken, [_sent(one, first.work.device) for one in moved]))
     taken, rows = _as_many(own.prepared, own.prepared.pieces())
     own.prepared.moved.update(zip(taken, moved_by(drift, rows)))
 

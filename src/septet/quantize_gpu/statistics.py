@@ -11,7 +11,7 @@ import torch
 from septet.quantize import GroupStatistics
 from septet.quantize.factorization import DAMPINGS
 from septet.quantize.statistics import DRIFT_SHARE
-from septet.quantize_gpu.factorization import Decomposition, decompose, mean_diagonal, panels_of
+from septet.quantize_gpu.factorization import Decomposition, decompose, panels_of
 from septet.quantize_gpu.rotation import hadamard
 from septet.quantize_gpu.sums import slabs
 
@@ -27,16 +27,15 @@ class CodedInputs:
 
     Args:
         hessian: float64 [K, K].
-        drift: float32 [K, K], times the share of it that is made up for, and in units of the Hessian's mean diagonal.
+        drift: float32 [K, K], perhaps on another GPU.
     """
 
     hessian: torch.Tensor | None = None
     drift: torch.Tensor | None = None
 
     def metric(self) -> InputMetric:
-        """Without the drift if the Hessian is of no use; the Hessian is used up."""
-        known = None if self.hessian is None else decompose(self.hessian, DAMPINGS)
-        return InputMetric(known, None if known is None else self.drift)
+        """Without the drift; the Hessian is used up."""
+        return InputMetric(None if self.hessian is None else decompose(self.hessian, DAMPINGS))
 
 
 @dataclass(eq=False)
@@ -53,10 +52,9 @@ class InputMetric:
     drift: torch.Tensor | None = None
     correction: torch.Tensor | None = None
 
-    def to(self, device: str, drift: torch.Tensor | None) -> InputMetric:
-        """A copy, usually elsewhere, where the drift is already."""
-        known = None if self.known is None else self.known.to(device)
-        return InputMetric(known, None if self.drift is None else drift)
+    def to(self, device: str) -> InputMetric:
+        """A copy, usually elsewhere, without the drift."""
+        return InputMetric(None if self.known is None else self.known.to(device))
 
     def combine(self) -> None:
         """Find the correction, which is less work than to multiply and divide more than twice as many rows as there are inputs."""
@@ -81,12 +79,12 @@ class InputMetric:
         if self.correction is not None:
             for part in parts:
                 torch.mm(wide[part], self.correction, out=made[part])
-            return made.add_(wide).float()
+            return wide.add_(made, alpha=DRIFT_SHARE / self.known.mean).float()
         missing = [part for part, found in zip(parts, moved) if found is None]
         found = iter(moved_by(self.drift, [wide[part] for part in missing]))
         for part, there in zip(parts, moved):
             made[part] = self.known.divide(next(found) if there is None else there)
-        return made.add_(wide).float()
+        return wide.add_(made, alpha=DRIFT_SHARE / self.known.mean).float()
 
     def forget_moves(self) -> None:
         """Give back the memory of what `corrected` needs."""
@@ -104,27 +102,35 @@ def moved_by(drift: torch.Tensor, several: Sequence[torch.Tensor]) -> list[torch
     return moved
 
 
-def coded_inputs(statistics: GroupStatistics | None, input_scale: torch.Tensor, block: int) -> CodedInputs:
+def coded_inputs(statistics: GroupStatistics | None, input_scales: dict[str, torch.Tensor], block: int) -> CodedInputs:
     """Look at a group's inputs in the coded basis.
 
     Args:
-        statistics: arrays, or tensors on the device, which are used up; None: nothing is known.
-        input_scale: float32 [K], s_in, on the device.
+        statistics: arrays, or tensors on devices, which are used up; None: nothing is known.
+        input_scales: float32 [K], s_in, by device. The Hessian comes to the first one; the drift, too, if it is on none of them.
         block: Hadamard block that divides K.
     """
     if statistics is None:
         return CodedInputs()
-    hessian = _owned(statistics.inputs, torch.float64, input_scale.device)
-    drift = None if statistics.drift is None else _owned(statistics.drift, torch.float32, input_scale.device)
+    first = next(iter(input_scales))
+    hessian = _owned(statistics.inputs, torch.float64, first)
     # Rarely anything is damaged, and a sum says so of a row.
-    sound = [(torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all()]
-    if drift is not None:
-        sound.append(torch.isfinite(torch.stack(drift.aminmax())).all())
-    whole, *finite = torch.stack(sound).tolist()
-    hessian = _rotate(hessian, input_scale, block) if whole else as_coded(hessian, input_scale, block)
-    if drift is None or not finite[0]:
-        return CodedInputs(hessian)
-    return CodedInputs(hessian, _rotate(drift, input_scale, block).mul_(DRIFT_SHARE / mean_diagonal(hessian)))
+    whole = (torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all()
+    if statistics.drift is None:
+        return CodedInputs(_coded(hessian, bool(whole), input_scales[first], block))
+    where = str(getattr(statistics.drift, "device", first))
+    where = where if where in input_scales else first
+    drift = _owned(statistics.drift, torch.float32, where)
+    finite = torch.isfinite(torch.stack(drift.aminmax())).all()
+    # Sent to both GPUs, where they are two, before either is waited for.
+    drift = _rotate(drift, input_scales[where], block)
+    hessian = _coded(hessian, bool(whole), input_scales[first], block)
+    return CodedInputs(hessian, drift if finite else None)
+
+
+def _coded(hessian: torch.Tensor, whole: bool, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """In place; a whole one is not looked through for damage."""
+    return _rotate(hessian, scale, block) if whole else as_coded(hessian, scale, block)
 
 
 def as_coded(hessian: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:

@@ -108,7 +108,8 @@ def _quantize(
     pieces = _pieces(there, known, output_block)
     # Beside what the statistics have given the GPUs to do, which nobody has waited for.
     shares = share(work, pieces, settings.helpers)
-    metrics = factorize(coded_inputs(found, there_scale, input_block), shares)
+    there_scales = {one.work.device: one.work.input_scale for one in shares}
+    metrics = factorize(coded_inputs(found, there_scales, input_block), shares)
     # The drift goes as soon as it has been made up for.
     del found
     if known is not None and metrics[0].known is None:
