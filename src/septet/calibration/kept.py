@@ -8,6 +8,7 @@ diagonal.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ __all__ = ["Sensitivity", "Upper", "load_array", "save_array"]
 _SQUARE = 512
 #: Numbers that come from a GPU at a time.
 _PIECE = 1 << 24
+#: Of headers, by version.
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _AGAIN = "delete {} and run the same command with --resume"
 
 
@@ -194,7 +197,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array of any dtype and shape to an .npy file, which appears whole or not at all."""
     unfinished = path.with_suffix(".unfinished.npy")
     with open(unfinished, "wb") as file:
-        np.save(file, array)
+        np.save(file, np.asarray(array, order="C"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -211,11 +214,15 @@ def load_array(path: Path, page_locked: bool = False) -> np.ndarray:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not page_locked:
-            return np.array(mapped)
-        array = torch.empty(mapped.nbytes, dtype=torch.uint8, pin_memory=True).numpy().view(mapped.dtype).reshape(mapped.shape)
-        np.copyto(array, mapped)
-        return array
-    except (OSError, EOFError, ValueError) as error:
+        with open(path, "rb") as file:
+            shape, fortran_order, dtype = _READERS[np.lib.format.read_magic(file)](file)
+            count, there = math.prod(shape), os.fstat(file.fileno()).st_size - file.tell()
+            if fortran_order or dtype.hasobject or count * dtype.itemsize != there:
+                raise ValueError(f"{there} bytes for {shape} of {dtype}")
+            # Read, not mapped: no page fault for each 4 KiB.
+            flat = torch.empty(there, dtype=torch.uint8, pin_memory=page_locked).numpy()
+            if file.readinto(flat) != there:
+                raise ValueError(f"less than {there} bytes")
+            return flat.view(dtype).reshape(shape)
+    except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path.name} must hold an array", error, _AGAIN.format(path.parent)) from error
