@@ -81,3 +81,26 @@ def test_another_window_or_argument_is_computed_anew() -> None:
     assert not torch.equal(run(block, memory, done, rows, factor=2.0), first)
     assert not torch.equal(run(block, memory, done, rows + 1, number=1), first)
     assert torch.equal(run(block, memory, done, rows), first)
+
+
+def test_on_a_gpu_the_first_window_says_for_all_whether_a_part_gets_the_same() -> None:
+    """A processor stands in for it."""
+    block, rows = Block(), [torch.randn(3, 4) for _ in range(3)]
+    memory = Remembered(block, "cpu:0", torch.clone)
+
+    def run_pass(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        made = []
+        with torch.no_grad(), memory.reusing(LAYERS, {"first.a", "first.b"}):
+            for number, one in enumerate(inputs):
+                memory.window(number)
+                made.append(block(one))
+        return made
+
+    first = run_pass(rows)
+    assert block.first.a.calls == 3
+    for again in (run_pass(rows), run_pass(rows)):
+        assert block.first.a.calls == 3 and all(map(torch.equal, again, first))
+    others = [one + 1 for one in rows]
+    changed = run_pass(others)
+    assert block.first.a.calls == 6 and not any(map(torch.equal, changed, first))
+    assert all(map(torch.equal, run_pass(others), changed)) and block.first.a.calls == 6

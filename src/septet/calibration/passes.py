@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 import torch
@@ -38,7 +38,8 @@ class Passes:
     def __init__(self, chain: Chain, index: int, block: nn.Module, layers: Sequence[str], machine: Machine) -> None:
         self._chain, self._index, self._machine = chain, index, machine
         self._blocks = {device: copy.deepcopy(block).to(device) for device in machine.helpers} | {machine.device: block}
-        self._remembered, self._layers, self._taken = Remembered(block), set(layers), set()
+        self._remembered = {device: Remembered(one, device, chain.settled) for device, one in self._blocks.items()}
+        self._layers, self._taken = set(layers), set()
 
     def take_over(self, name: str, weight: torch.Tensor) -> None:
         """Give a layer its final weight, in the shape that its module has."""
@@ -73,16 +74,17 @@ class Passes:
 
         def work(item: tuple[int, torch.Tensor]) -> tuple[_Looked, torch.Tensor | None]:
             seen.inputs, output = {}, None
-            block = self._blocks[self._machine.device_of(item[0])]
-            self._remembered.window(item[0])
+            device = self._machine.device_of(item[0])
+            block = self._blocks[device]
+            self._remembered[device].window(item[0])
             with suppress(_SeenAll):
                 output = self._chain.settled(self._chain.block_output(self._index, item[1], block))
             return look(item[0], seen.inputs), output
 
-        # A GPU computes faster than it could compare, and its memory is needed.
-        done = set() if self._machine.is_gpu else self._taken
         try:
-            with self._remembered.reusing(self._layers, done, last=not watched):
+            with ExitStack() as memories:
+                for remembered in self._remembered.values():
+                    memories.enter_context(remembered.reusing(self._layers, self._taken, last=not watched))
                 yield from map_windows(work, list(enumerate(hidden)), self._machine, shared=True)
         finally:
             for hook in hooks:
