@@ -17,7 +17,9 @@ def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
     save_array(file, np.arange(1000))
     content = file.read_bytes()
     assert np.array_equal(load_array(file), np.arange(1000))
-    for damaged in (b"", content[:70], content[:-1], content.replace(b"(1000,)", b"(1<<9,)"), content.replace(b"1000,", b"10**9")):
+    bracket, digits, minus = content.replace(b"}", b"("), content.replace(b"1000", b"0999"), content.replace(b"(1000,)", b"-" * 7)
+    larger = content.replace(b"(1000,)", b"(1<<9,)"), content.replace(b"1000,", b"10**9"), content.replace(b"1000,", b"-100,")
+    for damaged in (b"", content[:70], content[:-1], bracket, digits, minus, *larger):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="kept.npy must hold an array, got .*; delete .* and run the same command with --resume"):
             load_array(file)

@@ -103,8 +103,8 @@ class Calibrator:
         if total.is_empty:
             return None
         if drift is not None:
-            # Before the GPU of the other sum has more to do than adding up.
-            drift /= total.tokens(getattr(drift, "device", None))
+            # First, or the last GPU would wait with the count for all that the first one is given to do below.
+            drift /= total.tokens(drift.device if isinstance(drift, torch.Tensor) else None)
         inputs, known = total.mean(), self._known(layers)
         if known is None:
             return GroupStatistics(inputs)
@@ -206,9 +206,8 @@ class Calibrator:
         # On a GPU memory counts, and a quarter of the drift is made up for at most.
         drift: ProductSum | torch.Tensor | None = None
         if self._sensitivity is not None:
-            drift = (
-                ProductSum(size, self._machine.devices[::-1], torch.float32) if on_gpu else torch.zeros((size, size), dtype=torch.float64)
-            )
+            backwards = self._machine.devices[::-1]
+            drift = ProductSum(size, backwards, torch.float32) if on_gpu else torch.zeros((size, size), dtype=torch.float64)
         for results in self._passes.run(self._hidden, watched, self._with_drift, stop=True):
             # One GPU gives the windows one by one, several a few together; sums must not know.
             for windows in [[result] for result in results] if on_gpu else [results]:

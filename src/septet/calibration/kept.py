@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ def load_array(path: Path, page_locked: bool = False) -> np.ndarray:
     """
     try:
         with open(path, "rb") as file:
-            shape, fortran_order, dtype = _READERS[np.lib.format.read_magic(file)](file)
+            shape, fortran_order, dtype = _read_header(file)
             count, there = math.prod(shape), os.fstat(file.fileno()).st_size - file.tell()
             if fortran_order or dtype.hasobject or count * dtype.itemsize != there:
                 raise ValueError(f"{there} bytes for {shape} of {dtype}")
@@ -224,5 +225,15 @@ def load_array(path: Path, page_locked: bool = False) -> np.ndarray:
             if file.readinto(flat) != there:
                 raise ValueError(f"less than {there} bytes")
             return flat.view(dtype).reshape(shape)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} must hold an array", error, _AGAIN.format(path.parent)) from error
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype; what numpy's reader, which asks Python's, makes of damage is a ValueError."""
+    try:
+        return _READERS[np.lib.format.read_magic(file)](file)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"no header of an array: {error}") from error
