@@ -118,7 +118,7 @@ def coded_inputs(statistics: GroupStatistics | None, input_scales: dict[str, tor
     whole = (torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all()
     if statistics.drift is None:
         return CodedInputs(_coded(hessian, bool(whole), input_scales[first], block))
-    where = str(getattr(statistics.drift, "device", first))
+    where = str(statistics.drift.device) if isinstance(statistics.drift, torch.Tensor) else first
     where = where if where in input_scales else first
     drift = _owned(statistics.drift, torch.float32, where)
     finite = torch.isfinite(torch.stack(drift.aminmax())).all()
