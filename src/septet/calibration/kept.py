@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 import numpy as np
@@ -30,6 +31,8 @@ _SQUARE = 512
 _PIECE = 1 << 24
 #: Of headers, by version.
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+#: What damage makes numpy's reader raise besides ValueError.
+_DAMAGES = (KeyError, TypeError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError)
 _AGAIN = "delete {} and run the same command with --resume"
 
 
@@ -233,7 +236,5 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran's order, and dtype; what numpy's reader, which asks Python's, makes of damage is a ValueError."""
     try:
         return _READERS[np.lib.format.read_magic(file)](file)
-    except OSError:
-        raise
-    except Exception as error:
+    except _DAMAGES as error:
         raise ValueError(f"no header of an array: {error}") from error
