@@ -5,17 +5,19 @@
     python benchmarks/quantize_gpu.py --model DIR [--keep OUT] [--seed N]
 
 The first makes models with random weights in the shapes of a large one but with few blocks, quantizes each, and extrapolates: what two
-models differ in is what a block costs, and the rest is paid once. Head and embedding are left as they are. With several numbers of GPUs
-it checks that all write the same bytes. `--memory` keeps torch within so many GB of each GPU, `--stream` brings blocks one by one while
-text is written, as for a model that does not fit. One JSON object per run; stages are wall seconds, and warm-up runs come first, on a
-small model and on one block of the shape, so that compiling kernels and loading libraries is not counted. `--parts` says where the time
-goes, and takes a little more of it (`parts.py`).
+models differ in is what a block costs, and the rest is paid once. Quantizing is timed block by block: those that only the longest model
+has say what a further one takes, since the first ones pay for memory that is new to the process, most of all on the device that comes
+first. Head and embedding are left as they are. With several numbers of GPUs it checks that all write the same bytes. `--memory` keeps
+torch within so many GB of each GPU, `--stream` brings blocks one by one while text is written, as for a model that does not fit. One JSON
+object per run; stages are wall seconds, and warm-up runs come first, on a small model and on one block of the shape, so that compiling
+kernels and loading libraries is not counted. `--parts` says where the time goes, and takes a little more of it (`parts.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -36,6 +38,8 @@ from septet.checkpoint.stream import Hooks, Progress, quantize_checkpoint
 from septet.cli.calibration import calibrate_with
 from septet.cli.device import check_device, devices_of, let_segments_grow, quantizer_on
 
+#: The number of the block that a layer is in.
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
 #: hidden, intermediate, heads, key-value heads, blocks, vocabulary
 SHAPES = {
     "tiny": (256, 512, 4, 2, 2, 512),
@@ -64,17 +68,21 @@ def make_model(directory: Path, shape: str, blocks: int, device: str) -> None:
 
 
 def run(source: Path, out: Path, options: QuantizeOptions, device: str, parts: bool = False) -> dict:
-    """Quantize; seconds by stage and in all, and the peak of what torch has taken on each GPU; if wanted, seconds by part."""
+    """Quantize; seconds in all, by stage and, of quantizing, by block, the peak of what torch has taken on each GPU, perhaps parts."""
     seconds: dict[str, float] = defaultdict(float)
-    stage, since = "load", time.perf_counter()
+    blocks: dict[int, float] = defaultdict(float)
+    last, since = Progress("load", ""), time.perf_counter()
 
     def show(event: Progress) -> None:
-        nonlocal stage, since
+        nonlocal last, since
         now = time.perf_counter()
-        seconds[stage] += now - since
-        if event.stage != stage:
+        seconds[last.stage] += now - since
+        found = _BLOCK.search(last.name) if last.stage == "quantize" else None
+        if found:
+            blocks[int(found[1])] += now - since
+        if event.stage != last.stage:
             print(f"{event.stage} {event.name}", file=sys.stderr, flush=True)
-        stage, since = event.stage, now
+        last, since = event, now
 
     gpus = [] if device == "cpu" else devices_of(device)
     for gpu in gpus:
@@ -85,17 +93,22 @@ def run(source: Path, out: Path, options: QuantizeOptions, device: str, parts: b
     with timed_parts() if parts else nullcontext({}) as by_part:
         quantize_checkpoint(source, out, options, hooks)
     total = time.perf_counter() - started
-    seconds[stage] += time.perf_counter() - since
+    seconds[last.stage] += time.perf_counter() - since
     peaks = [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2) for gpu in gpus]
-    found = {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}, "peak_gib": peaks}
+    found = {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}}
+    found |= {"blocks_seconds": [round(value, 2) for _, value in sorted(blocks.items())], "peak_gib": peaks}
     return found | ({"parts": {name: round(value, 3) for name, value in by_part.items()}} if parts else {})
 
 
 def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
-    """Seconds for a model with all blocks, stage by stage: a straight line through the shortest and the longest run, never downwards."""
+    """Seconds for a model with all blocks, stage by stage: a straight line through the shortest and the longest run, never downwards.
+
+    Quantizing: the longest run, and for each further block what those take that only this one has.
+    """
     few, many = min(runs), max(runs)
     first, last = runs[few]["stages"], runs[many]["stages"]
     per_block = {name: max(last[name] - first.get(name, 0.0), 0.0) / (many - few) for name in last}
+    per_block["quantize"] = sum(runs[many]["blocks_seconds"][few:]) / (many - few)
     stages = {name: last[name] + (blocks - many) * slope for name, slope in per_block.items()}
     rounded = {name: round(value, 1) for name, value in stages.items()}
     return {"blocks": blocks, "stages": rounded, "seconds": round(sum(stages.values()), 1)}
