@@ -96,7 +96,7 @@ def run(source: Path, out: Path, options: QuantizeOptions, device: str, parts: b
     seconds[last.stage] += time.perf_counter() - since
     peaks = [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2) for gpu in gpus]
     found = {"seconds": round(total, 2), "stages": {name: round(value, 2) for name, value in seconds.items()}}
-    found |= {"blocks_seconds": [round(value, 2) for _, value in sorted(blocks.items())], "peak_gib": peaks}
+    found |= {"block_seconds": [round(value, 2) for _, value in sorted(blocks.items())], "peak_gib": peaks}
     return found | ({"parts": {name: round(value, 3) for name, value in by_part.items()}} if parts else {})
 
 
@@ -108,7 +108,7 @@ def extrapolate(runs: dict[int, dict], blocks: int) -> dict:
     few, many = min(runs), max(runs)
     first, last = runs[few]["stages"], runs[many]["stages"]
     per_block = {name: max(last[name] - first.get(name, 0.0), 0.0) / (many - few) for name in last}
-    per_block["quantize"] = sum(runs[many]["blocks_seconds"][few:]) / (many - few)
+    per_block["quantize"] = sum(runs[many]["block_seconds"][few:]) / (many - few)
     stages = {name: last[name] + (blocks - many) * slope for name, slope in per_block.items()}
     rounded = {name: round(value, 1) for name, value in stages.items()}
     return {"blocks": blocks, "stages": rounded, "seconds": round(sum(stages.values()), 1)}

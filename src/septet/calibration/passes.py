@@ -6,7 +6,6 @@ it was computed.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -17,7 +16,7 @@ from torch import nn
 
 from septet.calibration.blocks import Chain
 from septet.calibration.remembered import Remembered
-from septet.calibration.workers import Machine, map_windows
+from septet.calibration.workers import Machine, copies_of, map_windows
 
 __all__ = ["Passes"]
 
@@ -37,7 +36,7 @@ class Passes:
 
     def __init__(self, chain: Chain, index: int, block: nn.Module, layers: Sequence[str], machine: Machine) -> None:
         self._chain, self._index, self._machine = chain, index, machine
-        self._blocks = {device: copy.deepcopy(block).to(device) for device in machine.helpers} | {machine.device: block}
+        self._blocks = copies_of(block, machine)
         self._remembered = {device: Remembered(one, device, chain.settled) for device, one in self._blocks.items()}
         self._layers, self._taken = set(layers), set()
 

@@ -61,14 +61,15 @@ class Remembered:
     def _remembering(self, name: str, forward: Callable[..., Any], keep: bool) -> Callable[..., Any]:
         """`forward` of a module, unless it has been called for this window with the same arguments."""
         calls = self._calls.setdefault(name, {}) if keep else self._calls.get(name, {})
-        #: On a GPU: whether the first call of this pass was as last time.
-        as_before: list[bool] = []
+        #: On a GPU: whether the first call of this pass was as last time. On a processor threads call side by side.
+        first_same: bool | None = None
 
         def call(*positional: Any, **named: Any) -> Any:
-            known, compared = calls.get(self._local.number), self._device == "cpu" or not as_before
-            same = known is not None and (same_arguments(known[0], (positional, named)) if compared else as_before[0])
-            if compared:
-                as_before.append(same)
+            nonlocal first_same
+            known, compared = calls.get(self._local.number), first_same is None
+            same = known is not None and (same_arguments(known[0], (positional, named)) if compared else first_same)
+            if self._device != "cpu" and compared:
+                first_same = same
             if same:
                 return _each(known[1], lambda kept: kept.to(self._device, non_blocking=True, copy=True))
             output = forward(*positional, **named)

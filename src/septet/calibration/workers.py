@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from septet.quantize.threads import default_threads
 from septet.quantize_gpu.devices import in_turn
 
-__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "map_windows"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "copies_of", "map_windows"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -113,11 +113,16 @@ def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype |
             tensor.data = data
 
 
+def copies_of(module: nn.Module, machine: Machine) -> dict[str, nn.Module]:
+    """A module that is on the machine's own device, and a copy on each helper: by device, the machine's own first."""
+    return {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
+
+
 @contextmanager
 def copies_at_work(module: nn.Module, machine: Machine) -> Iterator[dict[str, nn.Module]]:
-    """`at_work` for a single part of a model, with a copy on each helper: by device, the machine's own first."""
+    """`at_work` for a single part of a model, with its copies: `copies_of`."""
     with at_work([module], machine):
-        copies = {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
+        copies = copies_of(module, machine)
         try:
             yield copies
         finally:
