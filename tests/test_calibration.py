@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from septet.calibration import Calibrator, Machine, Sensitivity, measure, sample_windows
+from septet.calibration import Calibrator, Machine, Sensitivity, calibrator, measure, sample_windows
 from septet.checkpoint import QuantizeOptions
 from septet.cli.device import in_host_memory
 from septet.errors import OptionError, UnsupportedModelError
@@ -163,6 +165,23 @@ def test_a_model_comes_back_from_a_gpu_as_it_was(tiny_model_dir: Path, monkeypat
     measure(model, plan(model, QuantizeOptions(head="keep")), windows(), machine=AS_ON_A_GPU)
     assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_block_that_is_done_leaves_at_once(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies on GPUs would take the place of the next one's until somebody looked for cycles."""
+    made, passes = [], calibrator.Passes
+
+    def noting(*arguments: object) -> object:
+        made.append(weakref.ref(one := passes(*arguments)))
+        return one
+
+    monkeypatch.setattr(calibrator, "Passes", noting)
+    gc.disable()
+    try:
+        run_through(lambda: load(tiny_model_dir), AS_ON_A_GPU)
+        assert len(made) > 1 and all(one() is None for one in made)
+    finally:
+        gc.enable()
 
 
 def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> None:

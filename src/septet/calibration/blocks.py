@@ -119,16 +119,17 @@ class Chain:
         there = hidden.reshape(-1, *hidden.shape[-2:]).to(device, non_blocking=True)
         return hidden_of(block(there, *_moved(arguments.positional, device), **_moved(arguments.named, device))).reshape(hidden.shape)
 
-    def settled(self, state: torch.Tensor, sets: int | None = None) -> torch.Tensor:
+    def settled(self, state: torch.Tensor, sets: int | None = None, wait: bool = True) -> torch.Tensor:
         """A hidden state, or its gradient, where it waits: where it is, or in the host's memory.
 
         Args:
             state: of some windows.
             sets: so many states of all windows wait; None: a few, for which the host has page-locked memory.
+            wait: False: those few may still be on their way, and are read by the same GPU's passes alone.
         """
         if self._machine.is_gpu and (sets or _SETS) * self._set_bytes <= _MOST_BYTES_ON_GPUS:
             return state
-        return to_host(state) if sets is None else state.to("cpu")
+        return to_host(state, wait) if sets is None else state.to("cpu")
 
     @contextmanager
     def recorders(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -37,7 +38,10 @@ class Passes:
     def __init__(self, chain: Chain, index: int, block: nn.Module, layers: Sequence[str], machine: Machine) -> None:
         self._chain, self._index, self._machine = chain, index, machine
         self._blocks = copies_of(block, machine)
-        self._remembered = {device: Remembered(one, device, chain.settled) for device, one in self._blocks.items()}
+        # What waits in the host's memory is for the GPU that it is from, so it need not have arrived. A method would be a cycle, and
+        # the blocks would stay until somebody looks for those.
+        self._settled = partial(chain.settled, wait=False)
+        self._remembered = {device: Remembered(one, device, self._settled) for device, one in self._blocks.items()}
         self._layers, self._taken = set(layers), set()
 
     def take_over(self, name: str, weight: torch.Tensor) -> None:
@@ -77,7 +81,7 @@ class Passes:
             block = self._blocks[device]
             self._remembered[device].window(item[0])
             with suppress(_SeenAll):
-                output = self._chain.settled(self._chain.block_output(self._index, item[1], block))
+                output = self._settled(self._chain.block_output(self._index, item[1], block))
             return look(item[0], seen.inputs), output
 
         try:

@@ -152,11 +152,15 @@ def _thread_of(device: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1)
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
+def to_host(tensor: torch.Tensor, wait: bool = True) -> torch.Tensor:
     """A tensor in the host's memory; itself if it is there.
 
     From a GPU into page-locked memory, which torch uses again: memory that is new to a process takes longer than the way from a GPU.
+
+    Args:
+        tensor: anywhere.
+        wait: False: it is only on its way, for those who send it back in the same stream.
     """
     if tensor.device.type == "cpu":
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=not wait)
