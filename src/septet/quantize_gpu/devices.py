@@ -99,8 +99,11 @@ def beside(device: str, work: Callable[[], _Result]) -> Iterator[Callable[[], _R
             finally:
                 stream.synchronize()
 
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run).result
+    future = _threads_beside(number_of(device)).submit(run)
+    try:
+        yield future.result
+    finally:
+        wait([future])
 
 
 @contextmanager
@@ -150,6 +153,12 @@ def _side_stream_of(number: int) -> torch.cuda.Stream:
 def _thread_of(device: str) -> ThreadPoolExecutor:
     """One for all that is ever shared: a new thread took 4 ms before it had told a GPU anything (docs/log.md)."""
     return ThreadPoolExecutor(1)
+
+
+@cache
+def _threads_beside(number: int) -> ThreadPoolExecutor:
+    """Two at most: a block and the weights of its first group come at the same time."""
+    return ThreadPoolExecutor(2)
 
 
 def to_host(tensor: torch.Tensor, wait: bool = True) -> torch.Tensor:
