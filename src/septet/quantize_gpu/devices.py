@@ -13,7 +13,17 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["aside", "beside", "in_turn", "number_of", "on_devices", "on_side_streams", "to_host", "wait_for_side_stream"]
+__all__ = [
+    "aside",
+    "beside",
+    "in_turn",
+    "number_of",
+    "on_devices",
+    "on_side_streams",
+    "side_stream_waits",
+    "to_host",
+    "wait_for_side_stream",
+]
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
@@ -90,7 +100,7 @@ def beside(device: str, work: Callable[[], _Result]) -> Iterator[Callable[[], _R
         yield work
         return
     stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    side_stream_waits(device)
 
     def run() -> _Result:
         with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
@@ -132,6 +142,12 @@ def wait_for_side_stream(device: str) -> None:
     """Let what is sent to a device later wait for what its side stream was given; nothing on a processor."""
     if device.startswith("cuda"):
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+
+
+def side_stream_waits(device: str) -> None:
+    """Let what its side stream is given later wait for what a device has been sent; nothing on a processor."""
+    if device.startswith("cuda"):
+        _side_stream(device).wait_stream(torch.cuda.current_stream(device))
 
 
 def number_of(device: str) -> int:

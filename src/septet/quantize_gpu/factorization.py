@@ -50,10 +50,10 @@ class Decomposition:
     inverses: list[torch.Tensor]
     mean: float
 
-    def to(self, device: str) -> Decomposition:
-        """A copy, usually elsewhere."""
-        squares, inverses = ([square.to(device, copy=True) for square in several] for several in (self.squares, self.inverses))
-        return Decomposition(self.matrix.to(device, copy=True), squares, inverses, self.mean)
+    def to(self, room: torch.Tensor) -> Decomposition:
+        """A copy, usually elsewhere: where `room` is, of the matrix's shape and dtype, which becomes the matrix."""
+        squares, inverses = ([square.to(room.device, copy=True) for square in several] for several in (self.squares, self.inverses))
+        return Decomposition(room.copy_(self.matrix, non_blocking=True), squares, inverses, self.mean)
 
     def divide(self, rows: torch.Tensor) -> torch.Tensor:
         """rows @ inverse(H), float64 [n, K], in place."""

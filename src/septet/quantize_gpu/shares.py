@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from septet.quantize_gpu.devices import aside, on_devices, on_side_streams, wait_for_side_stream
+from septet.quantize_gpu.devices import aside, on_devices, on_side_streams, side_stream_waits, wait_for_side_stream
 from septet.quantize_gpu.pieces import Coded, Piece
 from septet.quantize_gpu.statistics import CodedInputs, InputMetric, moved_by
 from septet.quantize_gpu.work import Prepared, Work
@@ -52,21 +52,20 @@ def share(work: Work, pieces: list[Piece], helpers: Sequence[str]) -> list[Share
 def factorize(coded: CodedInputs, shares: list[Share]) -> list[InputMetric]:
     """The metric of a group's inputs for each share, on its GPU; what is known of them is used up.
 
-    The first GPU factorizes. The others multiply rows by the drift meanwhile, their own and some of the first one's.
+    The first GPU factorizes. The others make room for a copy meanwhile, and multiply rows by the drift, their own and some of the first
+    one's.
     """
     first, *others = shares
     drifts = [_sent(coded.drift, one.work.device) for one in shares]
     rows = sum(len(piece) for one in shares for piece in one.prepared.pieces())
     combined = coded.drift is not None and rows > _ROWS_PER_INPUT * len(coded.drift)
     calls: list[tuple[str, Callable, Any]] = [(first.work.device, CodedInputs.metric, coded)]
-    if coded.drift is not None and not combined:
-        theirs = first.prepared.pieces()
-        for number, (one, drift) in enumerate(zip(others, drifts[1:])):
-            calls.append((one.work.device, _multiply, (first, theirs[number :: len(others)], one, drift)))
-    metric = on_devices(calls)[0]
-    for one in shares:
-        wait_for_side_stream(one.work.device)
-    metrics = [metric, *(metric.to(one.work.device) for one in others)]
+    theirs = first.prepared.pieces()
+    for number, (one, drift) in enumerate(zip(others, drifts[1:])):
+        multiplied = None if drift is None or combined else (first, theirs[number :: len(others)], one, drift)
+        calls.append((one.work.device, _meanwhile, (coded.hessian, one, multiplied)))
+    metric, *rooms = on_devices(calls)
+    metrics = [metric, *_copies(metric, shares, rooms)]
     for one, drift in zip(metrics, drifts):
         one.drift = None if metric.known is None else drift
         if combined:
@@ -85,13 +84,39 @@ def _sent(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
     return there
 
 
+def _meanwhile(item: tuple[torch.Tensor | None, Share, tuple | None]) -> torch.Tensor | None:
+    """Make room for a copy of what becomes of a matrix, on a share's GPU; then `_multiply`, with its arguments, if there are any."""
+    matrix, own, multiplied = item
+    # To find that much memory takes up to a tenth of a second, which nobody waits for here.
+    room = None if matrix is None else torch.empty_like(matrix, device=own.work.device)
+    # The side stream will fill it, and has brought the drift.
+    side_stream_waits(own.work.device)
+    wait_for_side_stream(own.work.device)
+    if multiplied is not None:
+        _multiply(multiplied)
+    return room
+
+
+def _copies(metric: InputMetric, shares: list[Share], rooms: list[torch.Tensor | None]) -> list[InputMetric]:
+    """Of the first share's metric, for the others; `Work.run` waits until they have left before it uses the metric up."""
+    there, *others = [one.work.device for one in shares]
+    wait_for_side_stream(there)
+    side_stream_waits(there)
+    copies = []
+    for device, room in zip(others, rooms):
+        # Not behind what either GPU is doing with rows.
+        with on_side_streams(there, device):
+            copies.append(metric.to(room))
+        wait_for_side_stream(device)
+    return copies
+
+
 def _multiply(item: tuple[Share, list[Piece], Share, torch.Tensor]) -> None:
     """Find `Prepared.moved` of pieces of the first share, and of the second one's own, on that one's GPU, where the drift is.
 
     So many that both have about the same left to do when the Hessian has been factorized.
     """
     first, theirs, own, drift = item
-    wait_for_side_stream(own.work.device)
     taken, rows = _as_many(first.prepared, theirs)
     # Not in the first GPU's own stream, which has the factorization to do.
     with on_side_streams(first.work.device):

@@ -23,19 +23,28 @@ _SLAB = 1 << 25
 
 @dataclass(eq=False)
 class CodedInputs:
-    """What a group's statistics say of its inputs, in the coded basis: all None when nothing is known.
+    """What a group's statistics say of its inputs: no tensors when nothing is known.
 
     Args:
-        hessian: float64 [K, K].
-        drift: float32 [K, K], perhaps on another GPU.
+        input_scale: float32 [K], s_in, where the Hessian is.
+        block: Hadamard block that divides K.
+        hessian: float64 [K, K], not yet in the coded basis.
+        drift: float32 [K, K], in the coded basis, perhaps on another GPU.
     """
 
+    input_scale: torch.Tensor
+    block: int
     hessian: torch.Tensor | None = None
     drift: torch.Tensor | None = None
 
     def metric(self) -> InputMetric:
         """Without the drift; the Hessian is used up."""
-        return InputMetric(None if self.hessian is None else decompose(self.hessian, DAMPINGS))
+        if self.hessian is None:
+            return InputMetric()
+        # Rarely anything is damaged, and a sum says so of a row.
+        whole = (torch.isfinite(self.hessian.sum(1)) & (self.hessian.diagonal() >= 0)).all()
+        coded = (_rotate if whole else as_coded)(self.hessian, self.input_scale, self.block)
+        return InputMetric(decompose(coded, DAMPINGS))
 
 
 @dataclass(eq=False)
@@ -52,9 +61,9 @@ class InputMetric:
     drift: torch.Tensor | None = None
     correction: torch.Tensor | None = None
 
-    def to(self, device: str) -> InputMetric:
-        """A copy, usually elsewhere, without the drift."""
-        return InputMetric(None if self.known is None else self.known.to(device))
+    def to(self, room: torch.Tensor | None) -> InputMetric:
+        """A copy, usually elsewhere, without the drift; `room` as in `Decomposition.to`, if there is anything to copy."""
+        return InputMetric(None if self.known is None else self.known.to(room))
 
     def combine(self) -> None:
         """Find the correction, which is less work than to multiply and divide more than twice as many rows as there are inputs."""
@@ -103,34 +112,26 @@ def moved_by(drift: torch.Tensor, several: Sequence[torch.Tensor]) -> list[torch
 
 
 def coded_inputs(statistics: GroupStatistics | None, input_scales: dict[str, torch.Tensor], block: int) -> CodedInputs:
-    """Look at a group's inputs in the coded basis.
+    """Look at a group's inputs, waiting for the GPU that has the drift alone.
 
     Args:
         statistics: arrays, or tensors on devices, which are used up; None: nothing is known.
         input_scales: float32 [K], s_in, by device. The Hessian comes to the first one; the drift, too, if it is on none of them.
         block: Hadamard block that divides K.
     """
+    first, scale = next(iter(input_scales.items()))
+    coded = CodedInputs(scale, block)
     if statistics is None:
-        return CodedInputs()
-    first = next(iter(input_scales))
-    hessian = _owned(statistics.inputs, torch.float64, first)
-    # Rarely anything is damaged, and a sum says so of a row.
-    whole = (torch.isfinite(hessian.sum(1)) & (hessian.diagonal() >= 0)).all()
-    if statistics.drift is None:
-        return CodedInputs(_coded(hessian, bool(whole), input_scales[first], block))
-    where = str(statistics.drift.device) if isinstance(statistics.drift, torch.Tensor) else first
-    where = where if where in input_scales else first
-    drift = _owned(statistics.drift, torch.float32, where)
-    finite = torch.isfinite(torch.stack(drift.aminmax())).all()
-    # Sent to both GPUs, where they are two, before either is waited for.
-    drift = _rotate(drift, input_scales[where], block)
-    hessian = _coded(hessian, bool(whole), input_scales[first], block)
-    return CodedInputs(hessian, drift if finite else None)
-
-
-def _coded(hessian: torch.Tensor, whole: bool, scale: torch.Tensor, block: int) -> torch.Tensor:
-    """In place; a whole one is not looked through for damage."""
-    return _rotate(hessian, scale, block) if whole else as_coded(hessian, scale, block)
+        return coded
+    coded.hessian = _owned(statistics.inputs, torch.float64, first)
+    if statistics.drift is not None:
+        where = str(statistics.drift.device) if isinstance(statistics.drift, torch.Tensor) else first
+        where = where if where in input_scales else first
+        drift = _owned(statistics.drift, torch.float32, where)
+        finite = torch.isfinite(torch.stack(drift.aminmax())).all()
+        drift = _rotate(drift, input_scales[where], block)
+        coded.drift = drift if finite else None
+    return coded
 
 
 def as_coded(hessian: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:

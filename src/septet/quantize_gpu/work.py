@@ -15,7 +15,7 @@ from septet.codes.tile import TILE_INPUTS, TILE_OUTPUTS
 from septet.quantize import scales
 from septet.quantize.refit import better_scales
 from septet.quantize_gpu import sums
-from septet.quantize_gpu.devices import number_of, on_side_streams
+from septet.quantize_gpu.devices import number_of, on_side_streams, wait_for_side_stream
 from septet.quantize_gpu.factorization import Factor
 from septet.quantize_gpu.feedback import Encoder, Sheet, encode_plainly, encode_sheets
 from septet.quantize_gpu.outputs import OutputFactors
@@ -125,6 +125,8 @@ class Work:
             encoded = [encode_plainly(rows, bits, encoder) for rows in prepared.rotated()]
         else:
             sheets = [Sheet(rows, factor) for rows, factor in zip(prepared.rotated(), factors)]
+            # Copies for other GPUs must have left.
+            wait_for_side_stream(self.device)
             encoded = encode_sheets(sheets, metric.known.factor(TILE_INPUTS), bits, encoder)
             metric.known.hessian()
         return self._finished(prepared, encoded, metric)
