@@ -27,11 +27,11 @@ _SMALL = 64
 class Factor:
     """`quantize.factorization.Factor` for feedback alone: L = coefficients * 2^-shift, float64 [K, K] on a device.
 
-    Only what lies below the tiles of the diagonal counts.
+    Only what lies below the tiles of the diagonal counts. The shift may be a tensor, which `int` waits for.
     """
 
     coefficients: torch.Tensor
-    shift: int
+    shift: int | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Decomposition:
 
     def factor(self, tile: int) -> Factor:
         """The strictly lower block triangle of L with identity blocks on the diagonal, as whole numbers; C is used up."""
-        return Factor(self.matrix, int(_whole_coefficients(self.matrix, tile)))
+        return Factor(self.matrix, _whole_coefficients(self.matrix, tile))
 
     def hessian(self) -> torch.Tensor:
         """H, float64 [K, K]; a factor is used up."""

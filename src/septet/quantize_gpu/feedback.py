@@ -106,8 +106,8 @@ class _Family:
             matrix[: len(factor.coefficients), : len(factor.coefficients)] = factor.coefficients.T
         #: [sheets, rows, 64, rows * 64]
         self.across = across.reshape(len(sheets), rows, TILE_OUTPUTS, size)
-        per_output = torch.tensor([0.5**factor.shift for factor in factors], dtype=torch.float64, device=device)
-        self.per_output = per_output[:, None, None, None]
+        per_output = torch.tensor([0.5 ** int(factor.shift) for factor in factors], dtype=torch.float64)
+        self.per_output = per_output.to(device, non_blocking=True)[:, None, None, None]
 
     def from_rows(self, errors: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """What errors of later rows in the same column ask of each row, in the unit of errors.
@@ -157,13 +157,11 @@ class _Work:
         #: Columns before the first one: rows run past it by their delays, batches by their length.
         self._left = BATCH_STEPS + most
         across = self._left + self._columns + most
-        self._delays = torch.tensor(delays, device=device)
+        self._delays = torch.tensor(delays).to(device, non_blocking=True)
         #: Which of the columns that some row meets in a batch each row meets at its steps: int64 [T, steps].
         self._met = self._delays[:, None] + torch.arange(BATCH_STEPS - 1, -1, -1, device=device)
         self._number = torch.arange(tiles, device=device)
-        self._per_input = 0.5 ** (factor.shift + ERROR_SHIFT)
-        start = self._left * TILE_INPUTS
-        self._coefficients, width = factor.coefficients, BATCH_STEPS * TILE_INPUTS
+        self._coefficients, start, width = factor.coefficients, self._left * TILE_INPUTS, BATCH_STEPS * TILE_INPUTS
         reach = width + most * TILE_INPUTS
         self._square = torch.empty((reach, reach), dtype=torch.float64, device=device)
         self._sums = torch.empty((tiles * TILE_OUTPUTS, reach), dtype=torch.float64, device=device)
@@ -185,6 +183,8 @@ class _Work:
             part = slice(first, first + count)
             self._weights[part, self._left : self._left + self._columns] = _tiles(_in_quarter_levels(sheet.rotated, bits))
             self._real_rows[part].view(-1)[: len(sheet.rotated)] = 1
+        # Last, since the factor is waited for: until then the GPU has it to compute.
+        self._per_input = 0.5 ** (int(factor.shift) + ERROR_SHIFT)
         self._fused = self._fused_steps() if fused else None
 
     def _fused_steps(self) -> Steps:

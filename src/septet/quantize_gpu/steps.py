@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from septet.codes import trellis
@@ -37,7 +38,7 @@ class Steps:
 
     Args:
         tensors: the state by the names in step.cu, contiguous, where it stays; `errors` and `mixed` may be one.
-        across: of rows of tiles whose outputs know each other: (first row of tiles, coefficients int32 [sheets, R, 64, R * 64],
+        across: of rows of tiles whose outputs know each other: (first row of tiles, contiguous coefficients int32 [sheets, R, 64, R * 64],
             float64 [sheets] what to multiply sums by).
         per_input: what to multiply sums over inputs by.
         bits: bits per pair.
@@ -48,20 +49,20 @@ class Steps:
     ) -> None:
         weights = tensors["weights"]
         device, self._tiles, self._bits = weights.device, len(weights), bits
-        pointers, strides, later = ([0] * self._tiles for _ in range(3))
+        pointers, strides, later = np.zeros(self._tiles, np.int64), np.zeros(self._tiles, np.int32), np.zeros(self._tiles, np.int32)
         per_output = torch.zeros(self._tiles, dtype=torch.float64, device=device)
         for first, coefficients, scales in across:
             sheets, rows, _, stride = coefficients.shape
-            per_output[first : first + sheets * rows] = scales.repeat_interleave(rows)
-            for tile in range(sheets * rows):
-                row = tile % rows
-                pointers[first + tile] = coefficients[tile // rows, row].data_ptr() + (row + 1) * TILE_OUTPUTS * coefficients.itemsize
-                strides[first + tile], later[first + tile] = stride, rows - 1 - row
+            part, row = slice(first, first + sheets * rows), np.tile(np.arange(rows), sheets)
+            per_output[part] = scales.repeat_interleave(rows)
+            skipped = np.arange(len(row)) * TILE_OUTPUTS * stride + (row + 1) * TILE_OUTPUTS
+            pointers[part] = coefficients.data_ptr() + skipped * coefficients.itemsize
+            strides[part], later[part] = stride, rows - 1 - row
         self._fixed = torch.empty((self._tiles, WEIGHTS_PER_TILE), dtype=torch.int16, device=device)
         own = {
-            "across": torch.tensor(pointers, dtype=torch.int64, device=device),
-            "strides": torch.tensor(strides, dtype=torch.int32, device=device),
-            "later": torch.tensor(later, dtype=torch.int32, device=device),
+            "across": torch.from_numpy(pointers).to(device, non_blocking=True),
+            "strides": torch.from_numpy(strides).to(device, non_blocking=True),
+            "later": torch.from_numpy(later).to(device, non_blocking=True),
             "per_output": per_output,
             "fixed": self._fixed,
             "asked": torch.zeros((self._tiles, WEIGHTS_PER_TILE), dtype=torch.float64, device=device),
