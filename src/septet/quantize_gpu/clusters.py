@@ -21,7 +21,7 @@ from septet.gpu.compiled import options_of, processors_of
 from septet.gpu.driver import Kernel, compile_source, load_kernel, obstacle, shared_memory
 from septet.quantize_gpu.rotation import window_levels
 
-__all__ = ["encode", "encode_from_both_ends", "fits", "source_of"]
+__all__ = ["encode", "encode_from_both_ends", "fits", "make_ready", "source_of"]
 
 #: Blocks of a cluster, and threads of a block by bits per pair. A GPU has registers for 256 with 128 windows each, or for twice as many
 #: with half as many windows: fewer threads shuffle and wait less, but with 6 bits a state does not have windows for enough of them.
@@ -67,17 +67,30 @@ def encode_from_both_ends(fixed: torch.Tensor, bits: int, out: torch.Tensor | No
     return _launch(fixed, bits, out, 2)
 
 
+def make_ready(count: int, bits: int, device: torch.device) -> None:
+    """Make and keep what `encode_from_both_ends` needs for so many tiles, as its first call would."""
+    _kernel_for(device.index, count, bits, 2)
+    _levels_both_ways(bits, str(device))
+    _meetings(str(device), bits, count)
+
+
 def _launch(fixed: torch.Tensor, bits: int, out: torch.Tensor | None, ends: int) -> torch.Tensor:
     """`encode` from one end of each tile, or from both."""
     device, count = fixed.device.index, len(fixed)
+    kernel, tiles = _kernel_for(device, count, bits, ends)
     windows = torch.empty((count, PAIRS_PER_TILE), dtype=torch.int32, device=fixed.device) if out is None else out
-    tiles = _tiles_together(count, processors_of(device) // (PARTS * ends), MOST_TILES[ends][bits])
     levels = window_levels(bits, str(fixed.device)) if ends == 1 else _levels_both_ways(bits, str(fixed.device))
     meetings = None if ends == 1 else _meetings(str(fixed.device), bits, count).data_ptr()
     arguments = fixed.data_ptr(), levels.data_ptr(), windows.data_ptr(), meetings, count
     grid = PARTS * ends * -(-count // tiles), 1
-    _kernel(device, bits, tiles, ends).launch(grid, torch.cuda.current_stream(device).cuda_stream, *arguments)
+    kernel.launch(grid, torch.cuda.current_stream(device).cuda_stream, *arguments)
     return windows
+
+
+def _kernel_for(device: int, count: int, bits: int, ends: int) -> tuple[Kernel, int]:
+    """The variant that takes least for so many tiles, and how many of them it searches together."""
+    tiles = _tiles_together(count, processors_of(device) // (PARTS * ends), MOST_TILES[ends][bits])
+    return _kernel(device, bits, tiles, ends), tiles
 
 
 def _tiles_together(count: int, places: int, most: int) -> int:

@@ -27,7 +27,7 @@ _SMALL = 64
 class Factor:
     """`quantize.factorization.Factor` for feedback alone: L = coefficients * 2^-shift, float64 [K, K] on a device.
 
-    Only what lies below the tiles of the diagonal counts. The shift may be a tensor, which `int` waits for.
+    Only what lies below the tiles of the diagonal counts. The shift may be a tensor [] there.
     """
 
     coefficients: torch.Tensor

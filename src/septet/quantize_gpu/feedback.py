@@ -80,7 +80,7 @@ def encode_sheets(sheets: Sequence[Sheet], factor: Factor, bits: int, encoder: E
         For each sheet what `encode_plainly` returns.
     """
     work = _Work(sheets, factor, bits, encoder)
-    run_batch = Repeated(work.run_batch, sheets[0].rotated.device)
+    run_batch = Repeated(work.run_batch, sheets[0].rotated.device, warm=work.fused is not None)
     for start in range(0, work.steps, BATCH_STEPS):
         work.begin_batch(start)
         run_batch()
@@ -161,6 +161,8 @@ class _Work:
         #: Which of the columns that some row meets in a batch each row meets at its steps: int64 [T, steps].
         self._met = self._delays[:, None] + torch.arange(BATCH_STEPS - 1, -1, -1, device=device)
         self._number = torch.arange(tiles, device=device)
+        # By its bits, for a shift that the GPU has yet to find.
+        self._per_input = (1023 - ERROR_SHIFT - torch.as_tensor(factor.shift).to(device, non_blocking=True) << 52).view(torch.float64)
         self._coefficients, start, width = factor.coefficients, self._left * TILE_INPUTS, BATCH_STEPS * TILE_INPUTS
         reach = width + most * TILE_INPUTS
         self._square = torch.empty((reach, reach), dtype=torch.float64, device=device)
@@ -183,9 +185,7 @@ class _Work:
             part = slice(first, first + count)
             self._weights[part, self._left : self._left + self._columns] = _tiles(_in_quarter_levels(sheet.rotated, bits))
             self._real_rows[part].view(-1)[: len(sheet.rotated)] = 1
-        # Last, since the factor is waited for: until then the GPU has it to compute.
-        self._per_input = 0.5 ** (int(factor.shift) + ERROR_SHIFT)
-        self._fused = self._fused_steps() if fused else None
+        self.fused = self._fused_steps() if fused else None
 
     def _fused_steps(self) -> Steps:
         tensors = {"weights": self._weights, "errors": self._errors, "mixed": self._mixed, "levels": self._levels}
@@ -230,8 +230,8 @@ class _Work:
         """Encode at the steps of a batch; those after the last step meet padding only."""
         self._recent.zero_()
         for number in range(BATCH_STEPS):
-            if self._fused is not None:
-                self._fused.step(number)
+            if self.fused is not None:
+                self.fused.step(number)
                 continue
             inside = slice(number * TILE_INPUTS, (number + 1) * TILE_INPUTS)
             sums = torch.bmm(self._recent, self._local[:, :, inside])

@@ -20,12 +20,13 @@ class Repeated:
     Args:
         work: reads and writes tensors that stay where they are; it must not wait for the GPU.
         device: of the tensors; the thread's current one.
+        warm: whether the first call may be recorded, too: what a function makes at its first call and keeps is not there afterwards.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, work: Callable[[], None], device: torch.device, warm: bool = False) -> None:
         self._work, self._device = work, device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
+        self._warm = warm
 
     def __call__(self) -> None:
         if self._device.type != "cuda" or not self._warm:

@@ -27,7 +27,7 @@ struct Arguments
     double* asked;             // [T, 256], of later rows
     const int* windows;        // [T, 128]
     const signed char* table;  // [65536, 2]
-    double per_input;
+    const double* per_input;   // []
     int columns;               // P
 };
 
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(256) target(const Arguments a, int 
     if (lane >= 8)
         return;
     const int row = output + lane / 4, input = lane % 4, place = row * 4 + input;
-    double sum = (mine + a.before[((long long)tile * 64 + row) * WIDTH + number * 4 + input]) * a.per_input;
+    double sum = (mine + a.before[((long long)tile * 64 + row) * WIDTH + number * 4 + input]) * *a.per_input;
     if (a.later[tile] > 0)
     {
         a.asked[tile * 256 + place] = asked;

@@ -22,7 +22,7 @@ from septet.quantize_gpu.rotation import window_levels
 __all__ = ["Arguments", "Steps", "source_of"]
 
 _TENSORS = ("weights", "errors", "mixed", "levels", "symbols", "before", "local", "recent", "real_rows", "real_columns", "now", "delays")
-_OWN = ("across", "strides", "later", "per_output", "fixed", "asked", "windows", "table")
+_OWN = ("across", "strides", "later", "per_output", "fixed", "asked", "windows", "table", "per_input")
 #: Blocks of `target` for each row of tiles: eight warps of two outputs each.
 _BLOCKS_OF_TARGET = TILE_OUTPUTS // 16
 
@@ -30,7 +30,7 @@ _BLOCKS_OF_TARGET = TILE_OUTPUTS // 16
 class Arguments(ctypes.Structure):
     """Arguments of step.cu."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*_TENSORS, *_OWN)), ("per_input", ctypes.c_double), ("columns", ctypes.c_int)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in (*_TENSORS, *_OWN)), ("columns", ctypes.c_int)]
 
 
 class Steps:
@@ -40,12 +40,12 @@ class Steps:
         tensors: the state by the names in step.cu, contiguous, where it stays; `errors` and `mixed` may be one.
         across: of rows of tiles whose outputs know each other: (first row of tiles, contiguous coefficients int32 [sheets, R, 64, R * 64],
             float64 [sheets] what to multiply sums by).
-        per_input: what to multiply sums over inputs by.
+        per_input: what to multiply sums over inputs by, float64 [].
         bits: bits per pair.
     """
 
     def __init__(
-        self, tensors: dict[str, torch.Tensor], across: Sequence[tuple[int, torch.Tensor, torch.Tensor]], per_input: float, bits: int
+        self, tensors: dict[str, torch.Tensor], across: Sequence[tuple[int, torch.Tensor, torch.Tensor]], per_input: torch.Tensor, bits: int
     ) -> None:
         weights = tensors["weights"]
         device, self._tiles, self._bits = weights.device, len(weights), bits
@@ -68,13 +68,15 @@ class Steps:
             "asked": torch.zeros((self._tiles, WEIGHTS_PER_TILE), dtype=torch.float64, device=device),
             "windows": torch.empty((self._tiles, WEIGHTS_PER_TILE // 2), dtype=torch.int32, device=device),
             "table": window_levels(bits, str(device)),
+            "per_input": per_input,
         }
         self._windows = own["windows"]
         # The kernels know addresses only.
         self._kept = tensors, own, [coefficients for _, coefficients, _ in across]
         addresses = {name: tensor.data_ptr() for name, tensor in (tensors | own).items()}
-        self._arguments = Arguments(**addresses, per_input=per_input, columns=weights.shape[1])
+        self._arguments = Arguments(**addresses, columns=weights.shape[1])
         width = tensors["before"].shape[-1]
+        clusters.make_ready(self._tiles, bits, device)
         self._target, self._accept = (_kernel(device.index, name, bits, width) for name in ("target", "accept"))
 
     def step(self, number: int) -> None:
