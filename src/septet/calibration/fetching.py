@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from septet.calibration.workers import tensors_of
+
 __all__ = ["Fetching"]
 
 #: Every tensor begins at a multiple of so many bytes of the page-locked memory.
@@ -30,7 +32,7 @@ class Fetching:
 
     def __init__(self, blocks: Sequence[nn.Module], device: str) -> None:
         self._device, self._on_gpu = torch.device(device), device.startswith("cuda")
-        self._tensors = [_tensors_of(block) for block in blocks]
+        self._tensors = [tensors_of([block]) for block in blocks]
         size = max(sum(map(_room, tensors)) for tensors in self._tensors)
         self._staged = [torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
         self._stream = torch.cuda.Stream(self._device) if self._on_gpu else None
@@ -91,10 +93,6 @@ class Fetching:
         for tensor, data in self._at_home:
             tensor.data = data
         self._at_home = []
-
-
-def _tensors_of(block: nn.Module) -> list[torch.Tensor]:
-    return list({id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}.values())
 
 
 def _room(tensor: torch.Tensor) -> int:

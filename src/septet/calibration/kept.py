@@ -1,6 +1,6 @@
 """Sensitivities in memory or on disk, written and read beside other work.
 
-The two sides of a block are written by a thread while the GPU measures the next block; one block waits at most. The files may still be in
+The two sides of a block are written by threads while the GPU measures the next block; one block waits at most. The files may still be in
 the system's memory; `seal` has them on disk before it says that all are there. Symmetric matrices are stored as what lies above their
 diagonal.
 """
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from septet.errors import CheckpointError
-from septet.quantize.executors import one_worker
-from septet.quantize_gpu.devices import to_host
+from septet.quantize.executors import workers
+from septet.quantize_gpu.devices import on_side_streams, side_stream_waits, to_host
 
 __all__ = ["Sensitivity", "Upper", "load_array", "save_array"]
 
@@ -29,6 +29,8 @@ __all__ = ["Sensitivity", "Upper", "load_array", "save_array"]
 _SQUARE = 512
 #: Numbers that come from a GPU at a time.
 _PIECE = 1 << 24
+#: Files that are written at the same time: what one thread does for one of them takes longer than a GPU takes to find what is in it.
+_WRITERS = 3
 #: Of headers, by version.
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 #: What damage makes numpy's reader raise besides ValueError.
@@ -93,7 +95,7 @@ class Sensitivity:
         self._written: list[Path] = []
         self._waiting: list[Future] = []
         self._ahead: dict[str, Future] = {}
-        self._writer, self._reader = one_worker(beside), one_worker(beside)
+        self._writers, self._reader = workers(beside, _WRITERS), workers(beside)
 
     def upper(self, group: str) -> Upper | None:
         """float32 [K, K], mean of |d|^2 x transpose(x), each layer of the group counting the same; only its shape matters."""
@@ -121,7 +123,11 @@ class Sensitivity:
             self._arrays |= {key: to_host(tensor).numpy() for key, tensor in named.items()}
             return
         self.settle()
-        self._waiting.append(self._writer.submit(self._write, named))
+        for device in {str(tensor.device) for tensor in named.values()}:
+            side_stream_waits(device)
+        # The largest first, or all would wait for it at the end.
+        for key in sorted(named, key=lambda key: -named[key].numel()):
+            self._waiting.append(self._writers.submit(self._write, key, named[key]))
 
     def read_ahead(self, group: str, layers: Sequence[str]) -> None:
         """Begin to read what will be asked for next, if there is a thread for it; what was read and not asked for is forgotten."""
@@ -130,7 +136,8 @@ class Sensitivity:
 
     def seal(self, mark: Path) -> None:
         """Begin to wait until all that was put is on disk, and then write an empty array there."""
-        self._waiting.append(self._writer.submit(_seal, list(self._written), mark))
+        self.settle()
+        self._waiting.append(self._writers.submit(_seal, list(self._written), mark))
 
     def settle(self, wait: bool = True) -> None:
         """Wait until everything is written; or only see whether something has failed.
@@ -141,10 +148,11 @@ class Sensitivity:
         while self._waiting and (wait or self._waiting[0].done()):
             self._waiting.pop(0).result()
 
-    def _write(self, named: dict[str, torch.Tensor]) -> None:
-        for key, tensor in named.items():
+    def _write(self, key: str, tensor: torch.Tensor) -> None:
+        # Not behind what the GPU has been given to do.
+        with on_side_streams(str(tensor.device)):
             _save_unsynced(self._file(key), tensor)
-            self._written.append(self._file(key))
+        self._written.append(self._file(key))
 
     def _get(self, key: str) -> np.ndarray | None:
         ahead = self._ahead.pop(key, None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 from septet.calibration.blocks import Chain, find_blocks
 from septet.calibration.kept import Sensitivity
 from septet.calibration.sums import InputSum, block_grams
-from septet.calibration.workers import Machine, copies_at_work, map_windows
+from septet.calibration.workers import Machine, each_at_work, map_windows
 from septet.model import LayerPlan
 from septet.quantize.statistics import output_rows
 
@@ -61,8 +62,8 @@ def measure(
     chain, found = Chain(model, blocks, windows, machine), found or Sensitivity()
     # Before every block, behind the last, and their gradients before and behind one.
     states, sets = [chain.hidden], len(blocks) + 3
-    for index, block in enumerate(blocks):
-        with copies_at_work(block, machine) as copies:
+    with closing(each_at_work(blocks, machine)) as each:
+        for index, copies in enumerate(each):
 
             def work(item: tuple[int, torch.Tensor], i: int = index, copies: dict = copies) -> torch.Tensor:
                 return chain.settled(chain.block_output(i, item[1], copies[machine.device_of(item[0])]), sets)
@@ -70,15 +71,15 @@ def measure(
             parts = map_windows(work, list(enumerate(states[-1])), machine, shared=True)
             states.append([moved for part in parts for moved in part])
     gradients = _head_gradients(chain, states.pop(), seed, machine)
-    for index in reversed(range(len(blocks))):
-        members = [layer for layer in layers if layer.name.startswith(f"{prefix}.{index}.")]
-        with copies_at_work(blocks[index], machine) as copies:
+    with closing(each_at_work(blocks[::-1], machine)) as each:
+        for index, copies in zip(reversed(range(len(blocks))), each):
+            members = [layer for layer in layers if layer.name.startswith(f"{prefix}.{index}.")]
             step = _Step(chain, index, copies, {layer.name[len(f"{prefix}.{index}.") :]: layer for layer in members}, machine)
             gradients = step.run(states.pop(), gradients)
-        found.put(*step.result())
-        # Its sums, before the next block's are there too.
-        del step
-        progress(len(blocks) - index, len(blocks))
+            found.put(*step.result())
+            # Its sums, before the next block's are there too.
+            del step
+            progress(len(blocks) - index, len(blocks))
     found.settle()
     return found
 

@@ -3,7 +3,7 @@
 On the processor a product spread over several threads may add in another order than on one. So every window is computed by a single
 thread, and results come back in order. A GPU gets one window after the other: it is one queue of work anyway, and so its results do not
 depend on anything else either. Several GPUs get one window each at a time. Models stay in the host's memory; `at_work` brings a part of
-one to where it is computed, `copies_at_work` to all GPUs.
+one to where it is computed, `each_at_work` one after the other to all GPUs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -21,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.quantize.threads import default_threads
 from septet.quantize_gpu.devices import in_turn
+from septet.quantize_gpu.uploads import copying
 
-__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_at_work", "copies_of", "map_windows"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_of", "each_at_work", "map_windows", "tensors_of"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -93,24 +95,45 @@ def map_windows(
 
 
 @contextmanager
-def at_work(modules: Sequence[nn.Module], machine: Machine, dtype: torch.dtype | None = torch.float32) -> Iterator[None]:
+def at_work(
+    modules: Sequence[nn.Module],
+    machine: Machine,
+    dtype: torch.dtype | None = torch.float32,
+    copies: list[torch.Tensor] | None = None,
+) -> Iterator[None]:
     """Modules where they are computed, until the end of the `with`; afterwards they are where and what they were.
 
     Args:
-        modules: parts of a model.
+        modules: parts of a model, in the host's memory.
         machine: where.
         dtype: of their floating-point weights meanwhile; None: their own.
+        copies: of `tensors_of` them, on the GPU; emptied. None: they are brought.
     """
-    tensors = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}.values()
-    before = [(tensor, tensor.data) for tensor in tensors]
+    before = [(tensor, tensor.data) for tensor in tensors_of(modules)]
+    if copies is None:
+        copies = _brought([tensor for tensor, _ in before], machine)
+    copies.reverse()
     try:
         for tensor, data in before:
-            # In two steps: in one, the processor would convert.
-            tensor.data = data.to(machine.device).to(dtype if data.is_floating_point() and dtype else data.dtype)
+            # Not converted before: the processor would do that.
+            tensor.data = copies.pop().to(dtype if data.is_floating_point() and dtype else data.dtype)
         yield
     finally:
         for tensor, data in before:
             tensor.data = data
+
+
+def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}.values())
+
+
+def _brought(tensors: list[torch.Tensor], machine: Machine) -> list[torch.Tensor]:
+    """Copies on a GPU; on the processor the tensors' own data."""
+    if not machine.is_gpu:
+        return [tensor.data for tensor in tensors]
+    with copying(tensors, machine.device) as copied:
+        return copied()
 
 
 def copies_of(module: nn.Module, machine: Machine) -> dict[str, nn.Module]:
@@ -118,16 +141,19 @@ def copies_of(module: nn.Module, machine: Machine) -> dict[str, nn.Module]:
     return {machine.device: module} | {device: copy.deepcopy(module).to(device) for device in machine.helpers}
 
 
-@contextmanager
-def copies_at_work(module: nn.Module, machine: Machine) -> Iterator[dict[str, nn.Module]]:
-    """`at_work` for a single part of a model, with its copies: `copies_of`."""
-    with at_work([module], machine):
-        copies = copies_of(module, machine)
-        try:
-            yield copies
-        finally:
-            # Whoever still has the dict must not keep a GPU's memory.
-            copies.clear()
+def each_at_work(modules: Sequence[nn.Module], machine: Machine) -> Iterator[dict[str, nn.Module]]:
+    """`at_work` for one part of a model after the other, with its copies: `copies_of`. A GPU gets the next one's tensors meanwhile."""
+    coming: list[torch.Tensor] | None = None
+    for module, following in zip_longest(modules, modules[1:]):
+        ahead = copying(tensors_of([following]), machine.device) if machine.is_gpu and following is not None else nullcontext(lambda: None)
+        with at_work([module], machine, copies=coming), ahead as copied:
+            copies = copies_of(module, machine)
+            try:
+                yield copies
+            finally:
+                # Whoever still has the dict must not keep a GPU's memory.
+                copies.clear()
+            coming = copied()
 
 
 @contextmanager

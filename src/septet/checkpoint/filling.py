@@ -16,7 +16,7 @@ from septet.checkpoint.tensor_file import open_tensor_file
 from septet.checkpoint.workspace import Workspace
 from septet.model import LayerPlan
 from septet.quantize import QuantizedTensor
-from septet.quantize.executors import one_worker
+from septet.quantize.executors import workers
 from septet.quantize.stored import stored_arrays
 
 __all__ = ["Progress", "Run", "fill"]
@@ -133,7 +133,7 @@ class _Writer:
 
     def __init__(self, run: Run, places: _Places) -> None:
         self._run, self._places = run, places
-        self._thread, self._last = one_worker(beside=run.quantizer is not None), None
+        self._thread, self._last = workers(beside=run.quantizer is not None), None
 
     def __enter__(self) -> _Writer:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ __all__ = ["HASHES_NAME", "check_crc32", "crc32_of_tensor", "crc32_text", "hashe
 
 HASHES_NAME = "septet.json"
 _READ_BYTES = 1 << 22
+#: Files whose SHA-256 is computed at the same time: a disk reads several times as fast as a processor hashes.
+_FILES_AT_ONCE = 4
 
 
 def crc32_text(array: np.ndarray, before: str = "00000000") -> str:
@@ -78,7 +81,7 @@ def hashes_of(path: Path, shards: Iterable[str], others: Iterable[str]) -> dict[
         CheckpointError: one cannot be read, or is no safetensors file.
     """
     shards = sorted(shards)
-    return {
-        "headers": {name: open_tensor_file(path / name).header_sha256 for name in shards},
-        "files": {name: sha256_of_file(path / name) for name in sorted({*shards, *others})},
-    }
+    names = sorted({*shards, *others})
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        hashes = dict(zip(names, pool.map(lambda name: sha256_of_file(path / name), names)))
+    return {"headers": {name: open_tensor_file(path / name).header_sha256 for name in shards}, "files": hashes}

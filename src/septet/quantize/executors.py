@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-__all__ = ["one_worker"]
+__all__ = ["workers"]
 
 
 class _AtOnce(Executor):
@@ -20,10 +20,11 @@ class _AtOnce(Executor):
         return done
 
 
-def one_worker(beside: bool) -> Executor:
-    """An executor that does one thing after the other.
+def workers(beside: bool, threads: int = 1) -> Executor:
+    """An executor that begins with things in their order, one after the other or a few at a time.
 
     Args:
-        beside: in a thread, beside what the caller does; otherwise at once, in the caller's.
+        beside: in threads, beside what the caller does; otherwise at once, in the caller's.
+        threads: how many.
     """
-    return ThreadPoolExecutor(1) if beside else _AtOnce()
+    return ThreadPoolExecutor(threads) if beside else _AtOnce()

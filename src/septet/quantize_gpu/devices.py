@@ -173,8 +173,8 @@ def _thread_of(device: str) -> ThreadPoolExecutor:
 
 @cache
 def _threads_beside(number: int) -> ThreadPoolExecutor:
-    """Two at most: a block and the weights of its first group come at the same time."""
-    return ThreadPoolExecutor(2)
+    """Three at most: a group's weights, the block that it is in, and what a model's first block needs come at the same time."""
+    return ThreadPoolExecutor(3)
 
 
 def to_host(tensor: torch.Tensor, wait: bool = True) -> torch.Tensor:

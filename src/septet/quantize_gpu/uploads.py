@@ -5,7 +5,7 @@ Nothing passes through memory that is new to the process, which would take longe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -18,7 +18,7 @@ from torch import nn
 from septet.quantize.tensor import RowSource
 from septet.quantize_gpu.devices import beside
 
-__all__ = ["bringing", "upload"]
+__all__ = ["bringing", "copying", "upload"]
 
 #: Bytes of a piece, and how many there are; a thread for each. Smaller pieces keep the interpreter from threads that send work to GPUs.
 _PIECE = 1 << 24
@@ -80,19 +80,31 @@ def bringing(module: nn.Module, device: str) -> Iterator[None]:
     They are there at its end, and where they were until then.
     """
     tensors = (*module.parameters(), *module.buffers())
+    with copying(tensors, device) as copied:
+        yield
+        copies = copied()
+    for tensor, place in zip(tensors, copies):
+        tensor.data = place
+
+
+@contextmanager
+def copying(tensors: Sequence[torch.Tensor], device: str) -> Iterator[Callable[[], list[torch.Tensor]]]:
+    """Copy tensors from the host's memory to a device, with their dtypes, beside what is done inside the `with`.
+
+    Yields:
+        What waits for the copies, and returns them.
+    """
     sources = [tensor.data.contiguous() for tensor in tensors]
     there = [torch.empty_like(source, device=device) for source in sources]
 
-    def fill() -> None:
+    def fill() -> list[torch.Tensor]:
         for source, place in zip(sources, there):
             here = source.view(-1).view(torch.uint8).numpy()
             _send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), place.view(-1).view(torch.uint8))
+        return there
 
-    with beside(device, fill) as arrived:
-        yield
-        arrived()
-    for tensor, place in zip(tensors, there):
-        tensor.data = place
+    with beside(device, fill) as copied:
+        yield copied
 
 
 def _send(source: Source, there: torch.Tensor) -> None:
