@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +11,7 @@ import pytest
 import torch
 import transformers
 
-from septet.calibration import Calibrator, Machine, Sensitivity, calibrator, measure, sample_windows
-from septet.calibration.workers import each_at_work
+from septet.calibration import Calibrator, Machine, Sensitivity, measure, sample_windows
 from septet.checkpoint import QuantizeOptions
 from septet.cli.device import in_host_memory
 from septet.errors import OptionError, UnsupportedModelError
@@ -167,37 +163,6 @@ def test_a_model_comes_back_from_a_gpu_as_it_was(tiny_model_dir: Path, monkeypat
     measure(model, plan(model, QuantizeOptions(head="keep")), windows(), machine=AS_ON_A_GPU)
     assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_block_that_is_done_leaves_at_once(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its copies on GPUs would take the place of the next one's until somebody looked for cycles."""
-    made, passes = [], calibrator.Passes
-
-    def noting(*arguments: object) -> object:
-        made.append(weakref.ref(one := passes(*arguments)))
-        return one
-
-    monkeypatch.setattr(calibrator, "Passes", noting)
-    gc.disable()
-    try:
-        run_through(lambda: load(tiny_model_dir), AS_ON_A_GPU)
-        assert len(made) > 1 and all(one() is None for one in made)
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("machine", [Machine(), AS_ON_A_GPU, Machine(device="cpu:0", helpers=("cpu:1",))])
-@pytest.mark.parametrize("seen", [1, 3])
-def test_blocks_work_one_after_the_other_and_are_as_before(machine: Machine, seen: int) -> None:
-    blocks = [torch.nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(3)]
-    before = [block.weight.data for block in blocks]
-    with closing(each_at_work(blocks, machine)) as each:
-        for number, copies in zip(range(seen), each):
-            assert list(copies) == list(machine.devices) and copies[machine.device] is blocks[number]
-            for copied in copies.values():
-                assert copied.weight.dtype == torch.float32 and torch.equal(copied.weight, before[number].float())
-            assert [block.weight.dtype == torch.float32 for block in blocks] == [other == number for other in range(3)]
-    assert all(block.weight.data_ptr() == data.data_ptr() for block, data in zip(blocks, before))
 
 
 def test_sensitivity_is_that_of_a_plain_backward_pass(tiny_model_dir: Path) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from septet.calibration.workers import tensors_of
+from septet.quantize_gpu.uploads import tensors_of
 
 __all__ = ["Fetching"]
 

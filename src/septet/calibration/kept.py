@@ -135,7 +135,11 @@ class Sensitivity:
         self._ahead = {key: self._reader.submit(self._load, key) for key in keys} if self._folder is not None and self._beside else {}
 
     def seal(self, mark: Path) -> None:
-        """Begin to wait until all that was put is on disk, and then write an empty array there."""
+        """Wait until everything is written; begin to wait until it is on disk, and then write an empty array there.
+
+        Raises:
+            OSError: something could not be written.
+        """
         self.settle()
         self._waiting.append(self._writers.submit(_seal, list(self._written), mark))
 
@@ -145,8 +149,10 @@ class Sensitivity:
         Raises:
             OSError: something could not be written.
         """
-        while self._waiting and (wait or self._waiting[0].done()):
-            self._waiting.pop(0).result()
+        ended = [one for one in self._waiting if wait or one.done()]
+        self._waiting = [one for one in self._waiting if one not in ended]
+        for one in ended:
+            one.result()
 
     def _write(self, key: str, tensor: torch.Tensor) -> None:
         # Not behind what the GPU has been given to do.

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from septet.quantize.threads import default_threads
 from septet.quantize_gpu.devices import in_turn
-from septet.quantize_gpu.uploads import copying
+from septet.quantize_gpu.uploads import copying, tensors_of
 
-__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_of", "each_at_work", "map_windows", "tensors_of"]
+__all__ = ["WINDOWS_AT_ONCE", "Machine", "at_work", "copies_of", "each_at_work", "map_windows"]
 
 #: Windows whose results are held at the same time; fixed, since sums over them are.
 WINDOWS_AT_ONCE = 8
@@ -121,11 +121,6 @@ def at_work(
     finally:
         for tensor, data in before:
             tensor.data = data
-
-
-def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
-    """Parameters and buffers, each once."""
-    return list({id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}.values())
 
 
 def _brought(tensors: list[torch.Tensor], machine: Machine) -> list[torch.Tensor]:

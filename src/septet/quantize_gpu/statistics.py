@@ -112,7 +112,7 @@ def moved_by(drift: torch.Tensor, several: Sequence[torch.Tensor]) -> list[torch
 
 
 def coded_inputs(statistics: GroupStatistics | None, input_scales: dict[str, torch.Tensor], block: int) -> CodedInputs:
-    """Look at a group's inputs, waiting for the GPU that has the drift alone.
+    """Look at a group's inputs. Only the GPU that has the drift is waited for.
 
     Args:
         statistics: arrays, or tensors on devices, which are used up; None: nothing is known.

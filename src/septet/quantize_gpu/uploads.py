@@ -18,7 +18,7 @@ from torch import nn
 from septet.quantize.tensor import RowSource
 from septet.quantize_gpu.devices import beside
 
-__all__ = ["bringing", "copying", "upload"]
+__all__ = ["bringing", "copying", "tensors_of", "upload"]
 
 #: Bytes of a piece, and how many there are; a thread for each. Smaller pieces keep the interpreter from threads that send work to GPUs.
 _PIECE = 1 << 24
@@ -73,13 +73,18 @@ def upload(weight: RowSource, there: torch.Tensor) -> None:
     there.copy_(narrow)
 
 
+def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}.values())
+
+
 @contextmanager
 def bringing(module: nn.Module, device: str) -> Iterator[None]:
     """Move the tensors of a module from the host's memory to a device, with their dtypes, beside what is done inside the `with`.
 
     They are there at its end, and where they were until then.
     """
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = tensors_of([module])
     with copying(tensors, device) as copied:
         yield
         copies = copied()
@@ -92,15 +97,18 @@ def copying(tensors: Sequence[torch.Tensor], device: str) -> Iterator[Callable[[
     """Copy tensors from the host's memory to a device, with their dtypes, beside what is done inside the `with`.
 
     Yields:
-        What waits for the copies, and returns them.
+        What waits for the copies, and returns them. A tensor that is on a GPU already, since several parts of a model share it, is only
+        sent to the device, if that is another one.
     """
-    sources = [tensor.data.contiguous() for tensor in tensors]
-    there = [torch.empty_like(source, device=device) for source in sources]
+    at_home = [tensor.device.type == "cpu" for tensor in tensors]
+    sources = [tensor.data.contiguous() if home else tensor.data for tensor, home in zip(tensors, at_home)]
+    there = [torch.empty_like(source, device=device) if home else source.to(device) for source, home in zip(sources, at_home)]
 
     def fill() -> list[torch.Tensor]:
-        for source, place in zip(sources, there):
-            here = source.view(-1).view(torch.uint8).numpy()
-            _send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), place.view(-1).view(torch.uint8))
+        for source, place, home in zip(sources, there, at_home):
+            if home:
+                here = source.view(-1).view(torch.uint8).numpy()
+                _send(lambda start, out, here=here: np.copyto(out, here[start : start + len(out)]), place.view(-1).view(torch.uint8))
         return there
 
     with beside(device, fill) as copied:
