@@ -6,8 +6,8 @@ mean of (d transpose(d)) x (x transpose(x)) over tokens. It is kept as a product
 in blocks of neighbours, and the mean of |d|^2 x transpose(x), tokens weighed by what depends on them, for the inputs.
 
 Blocks are worked off from the last to the first: forward once more, with gradients, and one step back. Memory: the model, the hidden
-states of all windows before every block, and one block's work. The two sides are stored block by block and may lie on disk. GPUs take
-windows in turn, and share the sums.
+states of all windows before every block, and one block's work, on a GPU also the next one's weights. The two sides are stored block by
+block and may lie on disk. GPUs take windows in turn, and share the sums.
 
 Reference: Kronecker-factored Fisher information after Martens and Grosse 2015 (arXiv 1503.05671); as two-sided Hessians for rounding after
 Tseng et al. 2025 (YAQA, arXiv 2505.22988).
